@@ -1,0 +1,83 @@
+"""Causal depthwise convolution over a few tokens, and its one-tap cousin, the token shift."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from subquad.errors import UserError
+from subquad.kernels.backend import pick, register
+from subquad.kernels.packing import Prefixed, check_packed
+from subquad.kernels.state import commit
+from subquad.kernels.wrapping import by_sequence, full_precision
+
+
+def short_conv(
+    x: Float[Tensor, "B T D"],
+    weight: Float[Tensor, "D W"],
+    bias: Float[Tensor, "D"] | None = None,
+    *,
+    activation: str | None = None,
+    state: Float[Tensor, "N P D"] | None = None,
+    cu_seqlens: Int[Tensor, "M"] | None = None,
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N P D"] | None]:
+    """y_t = act(bias + sum_w weight[:, w] * x_{t - (W-1) + w}), with zeros before the first token.
+
+    activation: None or "silu". state: the last W-1 inputs, [N, W-1, D]. Returns (y in x's dtype, the new state or None).
+    Cost: O(T D W); D (W-1) values of state.
+    """
+    check_packed(x, cu_seqlens)
+    if activation not in (None, "silu"):
+        raise UserError(f"short_conv: activation is None or 'silu', not {activation!r}")
+    n_seqs = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    before = x.new_zeros(n_seqs, weight.shape[1] - 1, x.shape[2]) if state is None else state
+    form = pick("short_conv", _FORMS, x)
+    with full_precision(x):
+        y, last = form(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), before.to(x.dtype), cu_seqlens)
+        if activation == "silu":
+            y = F.silu(y)
+    return y, None if state is None else commit(state, last)
+
+
+def shift(
+    x: Float[Tensor, "B T D"],
+    *,
+    state: Float[Tensor, "N 1 D"] | None = None,
+    cu_seqlens: Int[Tensor, "M"] | None = None,
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N 1 D"] | None]:
+    """y_t = x_{t-1} within each sequence, zero (or the carried input) at its start; state: the last input [N, 1, D]."""
+    check_packed(x, cu_seqlens)
+    n_seqs = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    rows = Prefixed(x.shape[1], 1, cu_seqlens)
+    buffer = rows.join(x.new_zeros(n_seqs, 1, x.shape[2]) if state is None else state.to(x.dtype), x)
+    y = rows.new(F.pad(buffer[:, :-1], (0, 0, 1, 0)))
+    return y, None if state is None else commit(state, rows.last(buffer))
+
+
+def _naive(x, weight, bias, before, cu_seqlens):
+    if cu_seqlens is not None:
+        return by_sequence(lambda x, before: _naive(x, weight, bias, before, None), [x], [before], cu_seqlens)
+    W = weight.shape[1]
+    buffer = torch.cat([before, x], 1)
+    outs = [(buffer[:, t : t + W] * weight.T).sum(1) for t in range(x.shape[1])]
+    y = torch.stack(outs, 1) if outs else torch.zeros_like(x)
+    return y if bias is None else y + bias, buffer[:, buffer.shape[1] - W + 1 :]
+
+
+def _shifted(x, weight, bias, before, cu_seqlens):
+    """W shifted multiply-adds: on a CPU faster than the library's depthwise convolution, which wants channels first."""
+    rows = Prefixed(x.shape[1], weight.shape[1] - 1, cu_seqlens)
+    buffer = rows.join(before, x)
+    W, length = weight.shape[1], buffer.shape[1] - weight.shape[1] + 1
+    y = buffer[:, :length] * weight[:, 0]
+    if bias is not None:
+        y = y + bias
+    for w in range(1, W):
+        y = torch.addcmul(y, buffer[:, w : w + length], weight[:, w])
+    if cu_seqlens is not None:  # `new` picks by buffer row, whose output stands W-1 rows earlier
+        y = F.pad(y, (0, 0, W - 1, 0))
+        y = rows.new(y)
+    return y, rows.last(buffer)
+
+
+_FORMS = register("short_conv", naive=_naive, torch=_shifted)

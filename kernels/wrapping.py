@@ -1,0 +1,52 @@
+"""What every op does around its forms: full precision under autocast, packed rows for a plain loop, decays in one shape."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from subquad.errors import UserError
+from subquad.kernels.state import accumulator_dtype
+
+
+def full_precision(like: Tensor) -> AbstractContextManager:
+    """Switch autocast off: an op accumulates in float32 whatever surrounds it.
+
+    Over 2,000 tokens a bf16 recurrence is off by 0.8, a float32 one by 7e-7.
+    """
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def expand_decay(decay: Tensor | None, v: Tensor) -> Tensor | None:
+    """The log decay as [B, T, H] or [B, T, H, K], in the accumulator's dtype."""
+    if decay is None:
+        return None
+    B, T, H = v.shape[:3]
+    g = decay.to(accumulator_dtype(decay.dtype) if decay.dtype == torch.float64 else accumulator_dtype(v.dtype))
+    if g.dim() <= 2:
+        if g.shape[0] != H:
+            raise UserError(f"a constant decay is [H] or [H, K] with H = {H}; got {tuple(decay.shape)}")
+        return g.expand(B, T, *g.shape)
+    if g.dim() > 4 or g.shape[:3] != v.shape[:3]:
+        raise UserError(f"a decay is [B, T, H] or [B, T, H, K] with {tuple(v.shape[:3])} first; got {tuple(decay.shape)}")
+    return g
+
+
+def by_sequence(
+    form: Callable[..., tuple], inputs: Sequence[Tensor | None], states: Sequence[Tensor], cu_seqlens: Tensor
+) -> tuple:
+    """Run a batch form on each packed sequence in turn: (outputs [1, total, ...], new states [N, ...]...).
+
+    It reads cu_seqlens on the host, so only the plain loops use it.
+    """
+    bounds = cu_seqlens.tolist()
+    outs, lasts = [], []
+    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        rows = [None if x is None else x[:, start:end] for x in inputs]
+        out, *last = form(*rows, *(s[n : n + 1] for s in states))
+        outs.append(out)
+        lasts.append(last)
+    total = next(x.shape[1] for x in inputs if x is not None)
+    outs.append(outs[0].new_zeros(1, total - bounds[-1], *outs[0].shape[2:]))
+    return (torch.cat(outs, 1), *(torch.cat(parts) for parts in zip(*lasts, strict=True)))

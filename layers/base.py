@@ -1,0 +1,116 @@
+"""What layers share: the class that states the contract, and the small parts that appear in many of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subquad.errors import UserError
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reader of the table of layers wants to know. Costs are for T tokens, in the letters of the docstrings."""
+
+    paper: str
+    op: str
+    train: str
+    decode: str
+    state: str
+
+
+class Layer(nn.Module):
+    """A token mixer or a feed-forward layer: y, state = layer(x, state=None, cu_seqlens=None).
+
+    x, y: [batch, time, width]. `state=None` is a sequence from position 0 with nothing carried, and None comes back; a
+    state is donated and continues the sequence for any number of tokens. `cu_seqlens` packs N sequences in one row.
+    A layer that can decode has `init_state(batch_size, max_len, dtype=None)`; a stateless one returns `()` there.
+
+    Deriving from this class is a convenience: anything that keeps the contract works. The class attributes tell the
+    conformance suite what to expect and the table of layers what to print.
+    """
+
+    card: ClassVar[Card | None] = None
+    kind: ClassVar[Literal["mixer", "ffn"]] = "mixer"
+    causality: ClassVar[Literal["exact", "regrouped"]] = "exact"  # regrouped: equal up to the order of summation
+    constant_state: ClassVar[bool] = True  # state bytes do not depend on max_len
+    min_width: ClassVar[int] = 1
+    max_len: int | None = None
+
+    __call__: Callable[..., tuple[Tensor, Any]]
+
+
+class available_if:
+    """A method that exists only where `check(self)` holds, so `hasattr` tells the truth; `why` completes the error."""
+
+    def __init__(self, check: Callable[[Any], bool], why: str):
+        self.check, self.why = check, why
+
+    def __call__(self, method: Callable[..., Any]) -> "available_if":
+        self.method = method
+        self.__doc__ = method.__doc__
+        return self
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
+        if instance is None:
+            return self.method
+        if not self.check(instance):
+            raise AttributeError(f"this {owner.__name__} has no {self.method.__name__}: {self.why}")
+        return self.method.__get__(instance, owner)
+
+
+def residual_linear(d_in: int, d_out: int, *, bias: bool = False) -> nn.Linear:
+    """A projection back into the residual stream, whose initial weights the model scales with its depth."""
+    linear = nn.Linear(d_in, d_out, bias=bias)
+    linear.scales_residual = True  # type: ignore[assignment]
+    return linear
+
+
+def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter that an optimiser must not shrink (decay rates, step sizes, skip weights)."""
+    parameter._no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def own_init(module: nn.Module) -> nn.Module:
+    """Mark a module whose initial weights follow from its layer's paper: the model leaves them alone."""
+    module.keeps_init = True  # type: ignore[assignment]
+    return module
+
+
+def default_head_dim(width: int, largest: int = 64) -> int:
+    """The largest common divisor with `largest`: `largest` itself for the usual widths."""
+    return gcd(width, largest)
+
+
+def check_divides(owner: object, name: str, value: int, of: str, whole: int) -> None:
+    """One sentence where `value` heads or groups do not divide a width."""
+    if value < 1 or whole % value:
+        raise UserError(f"{type(owner).__name__}: {name} {value} does not divide {of} {whole}")
+
+
+def state_dtype(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a cache: the one asked for, else autocast's, else the parameters'."""
+    if dtype is not None:
+        return dtype
+    parameter = next(module.parameters())
+    device_type = parameter.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return parameter.dtype
+
+
+def silu_gated(x: Tensor, z: Tensor) -> Tensor:
+    """x * silu(z), the output gate of most linear-time mixers."""
+    return x * F.silu(z)
+
+
+def dt_bias(n: int, dt_min: float, dt_max: float, dt_floor: float = 1e-4) -> Tensor:
+    """Biases whose softplus is log-uniform in [dt_min, dt_max] (Gu and Dao 2023, section 3.6)."""
+    low, high = torch.tensor(dt_min).log(), torch.tensor(dt_max).log()
+    dt = (torch.rand(n) * (high - low) + low).exp().clamp(min=dt_floor)
+    return dt + (-torch.expm1(-dt)).log()  # the inverse of softplus

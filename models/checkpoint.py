@@ -1,0 +1,122 @@
+"""A model on disk: a folder with config.json, model.safetensors and, beside them, its tokenizer."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import subquad
+from subquad.errors import UserError
+from subquad.models.config import LMConfig, read_mapping
+from subquad.models.lm import LM
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def save(model: LM, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> Path:
+    """Write `model` (and its tokenizer) to `folder`; it appears whole or not at all.
+
+    An existing folder is an error unless `overwrite`, which replaces it only if it is empty or holds a model.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        if not overwrite:
+            raise UserError(f"{folder} exists; pass overwrite (--overwrite) to replace it")
+        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).exists()):
+            raise UserError(f"{folder} exists and holds no model of subquad, so it will not be replaced")
+    values = {"format": "subquad", "version": subquad.__version__, "lm": model.config.to_dict()}
+    values["tokenizer"] = "bytes" if tokenizer is None else tokenizer.kind
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            save_file(_tensors(model), partial / WEIGHTS, metadata={"format": "pt"})
+            (partial / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save(partial)
+            partial.chmod(0o755)
+            if folder.exists():
+                old = partial.with_name(partial.name + ".old")
+                os.replace(folder, old)
+                os.replace(partial, folder)
+                shutil.rmtree(old)
+            else:
+                os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the model to {folder}: {getattr(error, 'strerror', None) or error}") from error
+    return folder
+
+
+def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LM:
+    """The model in `folder`, ready to run (in eval mode). `dtype` converts its floating-point weights."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no model folder {folder}")
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is no model of subquad: it has no {' and no '.join(missing)}")
+    values = read_mapping(folder / CONFIG)
+    if values.get("format") != "subquad" or not isinstance(values.get("lm"), dict):
+        raise UserError(f"{folder / CONFIG} was not written by subquad: it has no 'format': 'subquad' with an 'lm' part")
+    config = LMConfig.from_dict(values["lm"])
+    with torch.device("meta"):  # no time for random weights that are overwritten at once
+        model = LM(config)
+    if {name for name, _ in model.named_buffers()} <= set(model.state_dict()):
+        model.to_empty(device=device)
+        model.tie_weights()
+    else:  # someone's layer computes buffers that no file holds
+        model = LM(config).to(device)
+    _fill(model, folder / WEIGHTS)
+    return (model if dtype is None else model.to(dtype)).eval()
+
+
+def fingerprint(model: LM) -> str:
+    """A digest of the configuration and of every weight: what ties a saved state to its model."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(_tensors(model).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without second names of tied tensors, which safetensors refuses."""
+    kept, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if (tensor.data_ptr(), tensor.shape) not in seen or tensor.numel() == 0:
+            seen.add((tensor.data_ptr(), tensor.shape))
+            kept[name] = tensor.contiguous()
+    return kept
+
+
+def _fill(model: nn.Module, path: Path) -> None:
+    """Copy the file's tensors into the model, naming the first one that does not fit."""
+    expected = _tensors(model)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for name in sorted(expected):
+                if name not in names:
+                    raise UserError(f"{path} does not fit its config.json: tensor {name!r} is missing")
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(expected[name].shape):
+                    wanted = tuple(expected[name].shape)
+                    raise UserError(f"{path} does not fit its config.json: {name!r} is {shape}, the model needs {wanted}")
+            extra = sorted(names - set(expected))
+            if extra:
+                raise UserError(f"{path} does not fit its config.json: tensor {extra[0]!r} is not part of the model")
+            with torch.no_grad():
+                for name, target in expected.items():
+                    target.copy_(file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {' '.join(str(error).split())}") from error

@@ -1,0 +1,170 @@
+"""The one language model: an embedding, blocks of a mixer and a feed-forward layer, a head."""
+
+import inspect
+from math import sqrt
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from subquad.errors import UserError
+from subquad.models.config import LMConfig, build_layer
+
+
+class BlockState(NamedTuple):
+    mixer: Any
+    ffn: Any
+
+
+class LMState(NamedTuple):
+    """The states of all blocks, in order."""
+
+    blocks: tuple[BlockState, ...]
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x)); either may be absent."""
+
+    def __init__(self, mixer: nn.Module | None, ffn: nn.Module | None, d_model: int, norm_eps: float):
+        super().__init__()
+        self.mixer, self.ffn = mixer, ffn
+        self.mixer_norm = nn.RMSNorm(d_model, eps=norm_eps) if mixer is not None else None
+        self.ffn_norm = nn.RMSNorm(d_model, eps=norm_eps) if ffn is not None else None
+        self.takes_shared = {
+            part: layer is not None and "shared" in inspect.signature(layer.forward).parameters
+            for part, layer in (("mixer", mixer), ("ffn", ffn))
+        }
+
+    def forward(
+        self, x: Tensor, state: BlockState | None, cu_seqlens: Tensor | None, shared: dict[str, Any]
+    ) -> tuple[Tensor, BlockState | None, dict[str, Any]]:
+        # A copy: under activation checkpointing this runs twice, and a dict that was mutated the first time would not
+        # be the one that the first run saw.
+        shared = dict(shared)
+        states = []
+        for part, norm in (("mixer", self.mixer_norm), ("ffn", self.ffn_norm)):
+            layer = getattr(self, part)
+            if layer is None:
+                states.append(())
+                continue
+            extra = {"shared": shared} if self.takes_shared[part] else {}
+            before = None if state is None else getattr(state, part)
+            y, after = layer(norm(x), state=before, cu_seqlens=cu_seqlens, **extra)
+            x = x + y
+            states.append(after)
+        return x, None if state is None else BlockState(*states), shared
+
+    def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None) -> BlockState:
+        return BlockState(*(() if p is None else p.init_state(batch_size, max_len, dtype) for p in (self.mixer, self.ffn)))
+
+
+class LM(nn.Module):
+    """A language model over any pattern of layers.
+
+        logits, state = model(tokens, state=None, cu_seqlens=None, logits="all" | "last")
+
+    tokens: int [B, T], or [1, total] packed with cu_seqlens [N+1]. logits: [B, T, V]; "last" gives [N, V], one row a
+    sequence (the zero vector's logits for an empty one). `state=None` is a sequence from position 0 and None comes back;
+    a state from `init_state` continues sequences for any number of tokens and is donated.
+    """
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.config = config
+        d, flat = config.d_model, config.flat_blocks()
+        self.embedding = nn.Embedding(config.vocab_size, d)
+        blocks = []
+        for i, (where, spec) in enumerate(flat):
+            parts = [
+                build_layer(f"{where}.{part}", spec[part], d_model=d, layer_idx=i, n_layers=len(flat))
+                if spec.get(part) is not None
+                else None
+                for part in ("mixer", "ffn")
+            ]
+            blocks.append(Block(parts[0], parts[1], d, config.norm_eps))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.head = nn.Linear(d, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.checkpoint_activations = False  # recompute each block in the backward pass
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: LMConfig | dict[str, Any] | str | Path) -> "LM":
+        """From an LMConfig, a mapping, or a YAML or JSON file (of a model, or of a training run)."""
+        if isinstance(config, str | Path):
+            config = LMConfig.from_file(config)
+        return cls(config if isinstance(config, LMConfig) else LMConfig.from_dict(config))
+
+    def tie_weights(self) -> None:
+        """Make the head use the embedding's weights, where the configuration says so."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def reset_parameters(self) -> None:
+        """Normal weights of one small scale, those into the residual stream divided by sqrt(2 n_layers) (GPT-2).
+
+        What a layer's paper initialises otherwise (A_log, dt, convolutions, norms) keeps the layer's own values.
+        """
+        std = self.config.init_std or sqrt(2 / (5 * self.config.d_model))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and not getattr(module, "keeps_init", False):
+                depth = sqrt(2 * len(self.blocks)) if getattr(module, "scales_residual", False) else 1.0
+                nn.init.normal_(module.weight, std=std / depth)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        state: LMState | None = None,
+        cu_seqlens: Int[Tensor, "M"] | None = None,
+        logits: Literal["all", "last"] = "all",
+    ) -> tuple[Float[Tensor, "*shape V"], LMState | None]:
+        x, state, _ = self.hidden(tokens, state, cu_seqlens)
+        if logits == "last":
+            x = last_tokens(x, cu_seqlens)
+        return self.head(x), state
+
+    def hidden(
+        self, tokens: Int[Tensor, "B T"], state: LMState | None = None, cu_seqlens: Int[Tensor, "M"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], LMState | None, dict[str, Any]]:
+        """What the head reads, the new state, and what the layers shared (losses, router loads) by name."""
+        x, shared, states = self.embedding(tokens), {}, []
+        for i, block in enumerate(self.blocks):
+            before = None if state is None else state.blocks[i]
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, after, shared = checkpoint(block, x, before, cu_seqlens, shared, use_reentrant=False)
+            else:
+                x, after, shared = block(x, before, cu_seqlens, shared)
+            states.append(after)
+        return self.norm(x), None if state is None else LMState(tuple(states)), shared
+
+    def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> LMState:
+        """The state of `batch_size` sequences before any token, with caches for max_len tokens."""
+        for i, block in enumerate(self.blocks):
+            for part in (block.mixer, block.ffn):
+                if part is not None and not hasattr(part, "init_state"):
+                    raise UserError(f"block {i}'s {type(part).__name__} cannot decode: it reads the whole sequence at once")
+        return LMState(tuple(block.init_state(batch_size, max_len, dtype) for block in self.blocks))
+
+    def n_parameters(self) -> int:
+        """Trained values, tied ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def last_tokens(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last row of each sequence, [N, D]; zero for an empty one."""
+    if cu_seqlens is None:
+        return x[:, -1]
+    rows = x[0].index_select(0, (cu_seqlens[1:].long() - 1).clamp(min=0))
+    return torch.where((cu_seqlens.diff() > 0)[:, None], rows, 0)
+
+
+def cross_entropy(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Float[Tensor, ""]:
+    """Mean loss in nats over the targets that are not -100, in float32."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten().long(), ignore_index=-100)
