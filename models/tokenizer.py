@@ -1,0 +1,88 @@
+"""Text to tokens and back: bytes by default, or a Hugging Face tokenizer from a folder or file."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from subquad.errors import UserError
+
+HF_FILE = "tokenizer.json"
+
+
+class Tokenizer(Protocol):
+    kind: str  # what config.json records: "bytes" or "huggingface"
+    vocab_size: int
+    eos_id: int | None
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Tokens of a text, with nothing added."""
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        """The UTF-8 bytes of tokens; they may end within a character."""
+
+    def save(self, folder: Path) -> None:
+        """Put what `load_tokenizer` needs beside a model."""
+
+
+class ByteTokenizer:
+    """Every byte is a token; any file is valid input."""
+
+    kind, vocab_size, eos_id = "bytes", 256, None
+
+    def encode(self, text: str | bytes) -> list[int]:
+        return list(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text)
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        return bytes(t for t in tokens if t < 256)
+
+    def save(self, folder: Path) -> None:
+        pass
+
+
+class HFTokenizer:
+    """A tokenizer.json, alone or in the folder of a Hugging Face model."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: str | Path):
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        path = Path(path)
+        if not path.exists():
+            raise UserError(f"there is no tokenizer at {path}; give 'bytes', a tokenizer.json or a folder that holds one")
+        try:
+            if path.is_file():
+                self.tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
+            else:
+                self.tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except Exception as error:  # the libraries raise bare Exceptions for malformed files
+            raise UserError(f"{path} holds no tokenizer that loads: {' '.join(str(error).split())}") from error
+        self.vocab_size = len(self.tokenizer)
+        self.eos_id = self.tokenizer.eos_token_id
+
+    def encode(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"the text is not UTF-8 (byte {error.start}); only the byte tokenizer takes any bytes") from error
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False).encode()
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(str(folder))
+
+
+def load_tokenizer(spec: str | Path = "bytes") -> Tokenizer:
+    """'bytes', a tokenizer.json, a Hugging Face folder, or the folder of a model saved by subquad."""
+    if spec == "bytes":
+        return ByteTokenizer()
+    folder = Path(spec)
+    if (folder / "config.json").is_file():
+        from subquad.models.config import read_mapping
+
+        values = read_mapping(folder / "config.json")
+        if values.get("format") == "subquad" and values.get("tokenizer") == "bytes":
+            return ByteTokenizer()
+    return HFTokenizer(folder)
