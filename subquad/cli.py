@@ -1,0 +1,67 @@
+"""The `subquad` command and its alias `infer`. Each part loads when it is asked for, so that `--help` starts at once."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+import subquad
+from subquad.errors import UserError, nearest
+
+COMMANDS = {
+    "train": ("subquad.train.cli", "train a model from a YAML configuration (train fit --config demo.yaml)"),
+    "infer": ("subquad.infer.cli", "continue text with a trained model, from a prompt, a file or stdin"),
+    "eval": ("subquad.infer.evaluate", "bits per byte of a model on files"),
+    "compare": ("subquad.compare.cli", "measured cost of layers and models against length"),
+    "layers": ("subquad.compare.catalog", "the layers, or one layer's arguments, defaults and cost"),
+    "doctor": ("subquad.compare.doctor", "versions, devices and backends, and a self-check of every op"),
+}
+
+USAGE = "\n".join(
+    [
+        "usage: subquad COMMAND [arguments]      subquad COMMAND --help      subquad --version",
+        "",
+        "Efficient sequence-model architectures: train them, run them, compare them.",
+        "",
+        *(f"  {name:8} {what}" for name, (_, what) in COMMANDS.items()),
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `subquad COMMAND ...` and return its exit code: 0, 1 (a check failed), 2 (bad input), 130 (interrupted)."""
+    return _guarded(_dispatch, list(sys.argv[1:] if argv is None else argv))
+
+
+def infer(argv: Sequence[str] | None = None) -> int:
+    """The `infer` command: `subquad infer` by its short name."""
+    return main(["infer", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if argv[0] == "--version":
+        print(f"subquad {subquad.__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        raise UserError(f"subquad has no command {name!r}; {nearest(name, COMMANDS)}")
+    return import_module(COMMANDS[name][0]).main(rest) or 0
+
+
+def _guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
+    try:
+        code = run(argv)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (such as `head`) has gone; without this Python complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -1,0 +1,79 @@
+"""What holds for every test.
+
+* Shapes: every jaxtyping annotation of subquad is checked at run time. The hook must be in place before subquad is first
+  imported, so it is the first thing here. `torch.compile` cannot trace the checks: a test that compiles is marked
+  `@pytest.mark.unchecked`, which switches them off while it runs.
+* Memory: `torch.empty` and its kin hand out NaN, so that an output an op forgot to write shows.
+* Chance: each test starts from a seed made of its name, which a failure prints. SUBQUAD_TEST_SEED=n shifts them all.
+* Threads: one, so that two workers do not fight over two cores.
+"""
+
+import os
+import random
+import zlib
+
+import jaxtyping
+
+jaxtyping.install_import_hook("subquad", "beartype.beartype")
+
+import numpy as np
+import pytest
+import torch
+
+SHIFT = int(os.environ.get("SUBQUAD_TEST_SEED", "0"))
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+def seed_of(nodeid: str) -> int:
+    return (zlib.crc32(nodeid.encode()) + SHIFT) % 2**32
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    seed = seed_of(request.node.nodeid)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def shapes_checked(request):
+    """Run-time shape checks, off only for tests marked `unchecked`."""
+    if request.node.get_closest_marker("unchecked") is None:
+        yield
+        return
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_memory():
+    """Uninitialised floating-point tensors hold NaN."""
+
+    def poisoned(make):
+        def wrapper(*args, **kwargs):
+            out = make(*args, **kwargs)
+            if out.is_floating_point() or out.is_complex():
+                with torch.no_grad():
+                    out.fill_(float("nan"))
+            return out
+
+        return wrapper
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            patch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+        yield
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.failed:
+        report.sections.append(("seed", f"{seed_of(item.nodeid)} (SUBQUAD_TEST_SEED={SHIFT})"))
