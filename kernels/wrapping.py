@@ -50,3 +50,12 @@ def by_sequence(
     total = next(x.shape[1] for x in inputs if x is not None)
     outs.append(outs[0].new_zeros(1, total - bounds[-1], *outs[0].shape[2:]))
     return (torch.cat(outs, 1), *(torch.cat(parts) for parts in zip(*lasts, strict=True)))
+
+
+def once_differentiable(backward_op: torch.library.CustomOpDef, name: str) -> None:
+    """Make a second derivative through `backward_op` an error instead of a wrong number."""
+
+    def refuse(ctx, *grads):
+        raise UserError(f"{name} has no second derivative on this backend; use backend('naive') for double backward")
+
+    backward_op.register_autograd(refuse)

@@ -1,0 +1,195 @@
+"""Small random inputs for every op: what `subquad doctor` and the tests of the ops compare the forms on.
+
+A new op is added here, in `_CASES`, and nowhere else: one function that draws its variants.
+"""
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import subquad.kernels
+from subquad.kernels.backend import OPS, backend
+from subquad.kernels.state import KVCache, RingCache
+
+
+class Example(NamedTuple):
+    """One call: op(**inputs, **options, state=state, cu_seqlens=cu_seqlens)."""
+
+    name: str
+    op: Callable[..., tuple[Tensor, Any]]
+    inputs: dict[str, Tensor]
+    options: dict[str, Any]
+    state: Any
+    cu_seqlens: Tensor | None
+
+
+class Draw:
+    """Random tensors for B rows of T tokens that hold N sequences."""
+
+    def __init__(self, B: int, T: int, N: int, carried: bool, dtype: torch.dtype, generator: torch.Generator):
+        self.B, self.T, self.N, self.carried, self.dtype, self.generator = B, T, N, carried, dtype, generator
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, dtype=dtype or self.dtype, generator=self.generator)
+
+    def tokens(self, *shape: int) -> Tensor:
+        """[B, T, ...]"""
+        return self.normal(self.B, self.T, *shape)
+
+    def unit(self, *shape: int) -> Tensor:
+        """[B, T, ...] of unit length in the last dimension."""
+        return F.normalize(self.tokens(*shape), dim=-1)
+
+    def uniform(self, *shape: int, high: float = 1.0) -> Tensor:
+        return high * torch.rand(*shape, dtype=self.dtype, generator=self.generator)
+
+    def gate(self, *shape: int) -> Tensor:
+        """A log decay: mostly between -2 and 0, now and then a full stop."""
+        g = -2 * self.uniform(*shape)
+        return torch.where(self.uniform(*shape) < 0.05, -50.0, g)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator)
+
+
+Case = tuple[str, dict[str, Tensor], dict[str, Any], Any]  # name, inputs, options, state (read only if carried)
+
+
+def examples(
+    op: str, *, time: int = 70, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+) -> list[Example]:
+    """Calls that show each option of `op`: from nothing, with a state, and packed with an empty sequence and padding."""
+    function = getattr(import_module(f"subquad.kernels.{op}"), op)
+    generator = torch.Generator().manual_seed(seed)
+    used = max(time - 3, 1)
+    cu_seqlens = torch.tensor([0, used // 3, used // 3, used], dtype=torch.int32)
+    found = []
+    for setting, B, N, carried, cu in (
+        ("fresh", 2, 2, False, None),
+        ("carried", 2, 2, True, None),
+        ("packed", 1, 3, True, cu_seqlens),
+    ):
+        for name, inputs, options, state in _CASES[op](Draw(B, time, N, carried, dtype, generator)):
+            example = Example(f"{name}, {setting}", function, inputs, options, state if carried else None, cu)
+            found.append(pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example))
+    return found
+
+
+def load_ops() -> dict[str, tuple[str, ...]]:
+    """Every op and its forms, once all of subquad.kernels is imported."""
+    for module in iter_modules(subquad.kernels.__path__):
+        import_module(f"subquad.kernels.{module.name}")
+    return OPS
+
+
+def run(example: Example, form: str, seed: int = 0) -> dict[str, Tensor]:
+    """The output, the new state and the gradient of every input by name, with random gradients from above."""
+    inputs, state = pytree.tree_map(_leaf, (example.inputs, example.state))
+    with backend(form), torch.enable_grad():
+        out, new_state = example.op(**inputs, **example.options, state=state, cu_seqlens=example.cu_seqlens)
+    results = {"out": out, **_named("new state", new_state)}
+    generator = torch.Generator().manual_seed(seed)
+    loss = out.new_zeros((), dtype=torch.float64)
+    for value in results.values():
+        if value.requires_grad:
+            weight = torch.randn(value.shape, dtype=value.dtype, generator=generator).to(value.device)
+            loss = loss + (weight * value).sum().real
+    sources = {name: x for name, x in {**inputs, **_named("state", state)}.items() if x.requires_grad}
+    gradients = torch.autograd.grad(loss, list(sources.values()), materialize_grads=True)
+    results |= {f"gradient of {name}": g for name, g in zip(sources, gradients, strict=True)}
+    return {name: value.detach() for name, value in results.items()}
+
+
+def differences(example: Example, form: str, against: str = "naive") -> dict[str, float]:
+    """||form - against|| / ||against|| for everything that `run` returns; NaN where either holds one."""
+    ours, reference = run(example, form), run(example, against)
+    return {name: relative_error(ours[name], reference[name]) for name in reference}
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """||value - reference|| / ||reference||, absolute where the reference is zero; inf where the shapes differ."""
+    if value.shape != reference.shape:
+        return float("inf")
+    wide = torch.complex128 if reference.is_complex() else torch.float64
+    value, reference = value.to(wide), reference.to(wide)
+    norm = float(reference.norm())
+    return float((value - reference).norm()) / (norm or 1.0)
+
+
+def _leaf(x: Any) -> Any:
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return x
+    return x.detach().clone().requires_grad_()
+
+
+def _named(name: str, tree: Any) -> dict[str, Tensor]:
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    return {name + pytree.keystr(path): x for path, x in pairs if isinstance(x, Tensor)}
+
+
+def _linear_attention(r: Draw) -> Iterator[Case]:
+    H, G, K, V = 4, 2, 5, 7
+
+    def qkv(groups: int) -> dict[str, Tensor]:
+        return {"q": r.tokens(groups, K), "k": r.tokens(groups, K), "v": r.tokens(H, V)}
+
+    def S() -> Tensor:
+        return r.normal(r.N, H, K, V)
+
+    yield "no decay", qkv(G), {}, S()
+    yield "constant decay", {**qkv(G), "decay": r.gate(H)}, {}, S()
+    yield "constant vector decay", {**qkv(H), "decay": r.gate(H, K)}, {}, S()
+    yield "scalar decay", {**qkv(G), "decay": r.gate(r.B, r.T, H)}, {}, S()
+    yield "vector decay", {**qkv(G), "decay": r.gate(r.B, r.T, H, K)}, {}, S()
+    yield "exclusive, bonus", {**qkv(H), "decay": r.gate(r.B, r.T, H, K), "bonus": r.normal(H, K)}, {"exclusive": True}, S()
+    positive = {name: x.abs() if name in "qk" else x for name, x in qkv(G).items()}
+    yield "normalizer", positive, {"normalizer": 1e-3}, (S(), r.uniform(r.N, H, K))
+    if not r.carried:
+        yield "bidirectional", qkv(G), {"causal": False}, None
+
+
+def _delta_rule(r: Draw) -> Iterator[Case]:
+    H, G, K, V = 4, 2, 5, 7
+
+    def inputs() -> dict[str, Tensor]:
+        beta = r.uniform(r.B, r.T, H, high=1.99)
+        return {"q": r.tokens(G, K), "k": r.unit(G, K), "v": r.tokens(H, V), "beta": beta}
+
+    for name, decay in (("no", None), ("scalar", r.gate(r.B, r.T, H)), ("vector", r.gate(r.B, r.T, H, K))):
+        yield f"{name} decay", inputs() | ({} if decay is None else {"decay": decay}), {}, r.normal(r.N, H, K, V)
+
+
+def _short_conv(r: Draw) -> Iterator[Case]:
+    D, W = 6, 4
+    inputs = {"x": r.tokens(D), "weight": r.normal(D, W)}
+    yield "no bias", inputs, {}, r.normal(r.N, W - 1, D)
+    yield "bias, silu", {**inputs, "bias": r.normal(D)}, {"activation": "silu"}, r.normal(r.N, W - 1, D)
+
+
+def _scan(r: Draw) -> Iterator[Case]:
+    D = 5
+    yield "real", {"a": r.gate(r.B, r.T, D).exp(), "b": r.tokens(D)}, {}, r.normal(r.N, D)
+    turning = torch.polar(r.uniform(r.B, r.T, D), 3 * r.tokens(D))
+    wide = turning.dtype
+    yield "complex", {"a": turning, "b": r.normal(r.B, r.T, D, dtype=wide)}, {}, r.normal(r.N, D, dtype=wide)
+
+
+def _selective_scan(r: Draw) -> Iterator[Case]:
+    D, N = 6, 4
+    inputs = {"x": r.tokens(D), "dt": r.uniform(r.B, r.T, D), "A": -2 * r.uniform(D, N)}
+    yield "plain", {**inputs, "B": r.tokens(N), "C": r.tokens(N)}, {}, r.normal(r.N, D, N)
+
+
+_CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
+    "delta_rule": _delta_rule,
+    "linear_attention": _linear_attention,
+    "scan": _scan,
+    "selective_scan": _selective_scan,
+    "short_conv": _short_conv,
+}
