@@ -147,11 +147,14 @@ def _linear_attention(r: Draw) -> Iterator[Case]:
     yield "constant vector decay", {**qkv(H), "decay": r.gate(H, K)}, {}, S()
     yield "scalar decay", {**qkv(G), "decay": r.gate(r.B, r.T, H)}, {}, S()
     yield "vector decay", {**qkv(G), "decay": r.gate(r.B, r.T, H, K)}, {}, S()
-    yield "exclusive, bonus", {**qkv(H), "decay": r.gate(r.B, r.T, H, K), "bonus": r.normal(H, K)}, {"exclusive": True}, S()
+    yield (
+        "exclusive, bonus",
+        {**qkv(H), "decay": r.gate(r.B, r.T, H, K), "bonus": r.normal(H, K)},
+        {"exclusive": True},
+        S(),
+    )
     positive = {name: x.abs() if name in "qk" else x for name, x in qkv(G).items()}
     yield "normalizer", positive, {"normalizer": 1e-3}, (S(), r.uniform(r.N, H, K))
-    if not r.carried:
-        yield "bidirectional", qkv(G), {"causal": False}, None
 
 
 def _delta_rule(r: Draw) -> Iterator[Case]:

@@ -1,0 +1,294 @@
+"""Softmax attention over a declared pattern, with a cache that is written in place."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from subquad.errors import UserError
+from subquad.kernels.backend import pick, register
+from subquad.kernels.cache import cached_positions, gather_before, write_cache
+from subquad.kernels.packing import advance, check_packed, mask_padding, positions, sequence_ids
+from subquad.kernels.state import KVCache, RingCache
+
+QUERY_BLOCK = 256  # queries whose mask is held at a time where SDPA needs an explicit one
+
+
+class Pattern(NamedTuple):
+    """Which keys a query at position i reads: j <= i if causal, |i - j| < window, and always j < n_sinks."""
+
+    causal: bool = True
+    window: int | None = None
+    n_sinks: int = 0
+
+    def reads(self, query: Tensor, key: Tensor) -> Tensor:
+        """The mask [..., T, S] of query positions [..., T] and key positions [..., S]."""
+        gap = query[..., :, None] - key[..., None, :]
+        near = torch.ones_like(gap, dtype=torch.bool) if self.window is None else gap.abs() < self.window
+        seen = near | (key < self.n_sinks)[..., None, :]
+        return seen & (gap >= 0) if self.causal else seen
+
+
+Cache = KVCache | RingCache
+
+
+def attention(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    n_sinks: int = 0,
+    sink_logits: Float[Tensor, "H"] | None = None,
+    state: Cache | None = None,
+    cu_seqlens: Int[Tensor, "M"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
+    """o_t = sum_s softmax_s(q_t . k_s) v_s over the keys s that the pattern lets t read   (q is not scaled).
+
+    Arguments
+        q: H heads; k, v: G heads, where G divides H: query heads h read head h // (H / G).
+        causal, window, n_sinks: s <= t; |t - s| < window; the first n_sinks tokens stay visible (Xiao et al. 2023).
+        sink_logits: [H], one more column of the softmax whose weight is dropped (gpt-oss).
+        state: a KVCache of max_len slots, or with a window a RingCache of n_sinks + window or more; causal only.
+        cu_seqlens: [N+1] boundaries of sequences packed in one row.
+
+    Returns (o [B, T, H, V], the new state or None).
+    Cost: O(T^2 H K) to train, O(T W H K) with a window W; O(S H K) a decoded token over S cached slots; state 2 S G K.
+    """
+    check_packed(q, cu_seqlens)
+    _check(q, k, causal, window, n_sinks, state)
+    pattern = Pattern(causal, window, n_sinks)
+    if cu_seqlens is not None:  # whatever stands in padding rows must not reach a product
+        q, k, v = (mask_padding(x, cu_seqlens) for x in (q, k, v))
+    form = pick("attention", _FORMS, q)
+    out = form(q, k, v, pattern, sink_logits, state, cu_seqlens)
+    if state is None:
+        return out, None
+    ends = advance(state.count, q.shape[1], cu_seqlens)
+    return out[0], type(state)(out[1], out[2], ends)
+
+
+def _check(q, k, causal, window, n_sinks, state) -> None:
+    if q.shape[2] % k.shape[2]:
+        raise UserError(f"attention: {k.shape[2]} key heads do not divide {q.shape[2]} query heads")
+    if (window is not None and window < 1) or n_sinks < 0:
+        raise UserError(f"attention: window must be at least 1 and n_sinks at least 0; got {window} and {n_sinks}")
+    if state is None:
+        return
+    if not causal:
+        raise UserError("attention: causal=False reads the whole sequence at once and cannot go on from a state")
+    slots = state.k.shape[1]
+    if isinstance(state, RingCache) and (window is None or slots < n_sinks + window):
+        raise UserError(f"attention: a ring of {slots} slots cannot hold a window of {window} and {n_sinks} sinks")
+
+
+# The specification: every mask and every slot written out.
+
+
+def _naive(q, k, v, pattern, sink_logits, state, cu_seqlens):
+    bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    rows = range(q.shape[0]) if cu_seqlens is None else [0] * (len(bounds) - 1)
+    spans = [(0, q.shape[1])] * q.shape[0] if cu_seqlens is None else list(zip(bounds[:-1], bounds[1:], strict=True))
+    outs, keys, values = [], [], []
+    for n, (row, (start, end)) in enumerate(zip(rows, spans, strict=True)):
+        q_n, k_n, v_n = (x[row, start:end] for x in (q, k, v))
+        begin, all_k, all_v, key_at = 0, k_n, v_n, torch.arange(end - start, device=q.device)
+        if state is not None:
+            begin = int(state.count[n])
+            held = cached_positions(state, pattern.n_sinks, state.count)[n]
+            slot = torch.nonzero(held >= 0).flatten()
+            all_k = torch.cat([state.k[n, slot].to(k.dtype), k_n])
+            all_v = torch.cat([state.v[n, slot].to(v.dtype), v_n])
+            key_at = torch.cat([held[slot], begin + key_at])
+            new_k, new_v = _naive_write(state, n, begin, k_n, v_n, pattern.n_sinks)
+            keys.append(new_k)
+            values.append(new_v)
+        mask = pattern.reads(begin + torch.arange(end - start, device=q.device), key_at)
+        outs.append(_softmax_product(q_n, all_k, all_v, mask, sink_logits))
+    if cu_seqlens is None:
+        out = torch.stack(outs)
+    else:
+        out = torch.cat([*outs, q.new_zeros(q.shape[1] - bounds[-1], q.shape[2], v.shape[3])])[None]
+    if state is None:
+        return out
+    if torch.is_grad_enabled():
+        return out, torch.stack(keys), torch.stack(values)
+    return out, state.k.copy_(torch.stack(keys)), state.v.copy_(torch.stack(values))
+
+
+def _naive_write(state, n, begin, k, v, n_sinks):
+    new_k, new_v = list(state.k[n].unbind(0)), list(state.v[n].unbind(0))
+    for i in range(k.shape[0]):
+        p = begin + i
+        if isinstance(state, RingCache) and p >= n_sinks:
+            p = n_sinks + (p - n_sinks) % (len(new_k) - n_sinks)
+        if p >= len(new_k):
+            raise UserError(f"the cache has {len(new_k)} slots; a token at position {p} does not fit (raise max_len)")
+        new_k[p], new_v[p] = k[i].to(state.k.dtype), v[i].to(state.v.dtype)
+    return torch.stack(new_k), torch.stack(new_v)
+
+
+def _softmax_product(q, k, v, mask, sink_logits):
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scores = torch.einsum("thk,shk->hts", q, k).masked_fill(~mask, -torch.inf)
+    if sink_logits is not None:
+        column = sink_logits.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+        return torch.einsum("hts,shv->thv", torch.cat([scores, column], -1).softmax(-1)[..., :-1], v)
+    return torch.einsum("hts,shv->thv", scores.softmax(-1), v)
+
+
+# The fast form: torch's scaled_dot_product_attention on blocks that follow the pattern.
+
+
+def _blockwise(q, k, v, pattern, sink_logits, state, cu_seqlens):
+    if state is None:
+        return _fresh(q, k, v, pattern, sink_logits, cu_seqlens)
+    if cu_seqlens is None:
+        return _continued(q, k, v, pattern, sink_logits, state, None)
+    # Packed rows with caches: one padded row a sequence. On a CPU the longest length is read, elsewhere its bound serves.
+    lengths = cu_seqlens.diff().long()
+    on_host = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    longest = int(lengths.max()) if on_host else q.shape[1]
+    t = torch.arange(longest, device=q.device)
+    source = (cu_seqlens[:-1].long()[:, None] + t).clamp(max=max(q.shape[1] - 1, 0))
+    fresh = t < lengths[:, None]
+    padded = (torch.where(fresh[..., None, None], x[0][source], 0) for x in (q, k, v))
+    out, new_k, new_v = _continued(*padded, pattern, sink_logits, state, fresh)
+    ids, _ = sequence_ids(q.shape[1], cu_seqlens)
+    local = positions(q.shape[1], None, cu_seqlens)[0].clamp(max=max(longest - 1, 0))
+    row = out[ids, local] if longest else q.new_zeros(q.shape[1], q.shape[2], v.shape[3])
+    return mask_padding(row[None], cu_seqlens), new_k, new_v
+
+
+def _fresh(q, k, v, pattern, sink_logits, cu_seqlens):
+    """No cache: sequences from position 0."""
+    if cu_seqlens is not None and (pattern.window is None or pattern.n_sinks or not pattern.causal):
+        return _each_sequence(q, k, v, pattern, sink_logits, cu_seqlens)
+    if pattern.window is not None and pattern.window < q.shape[1]:
+        at = positions(q.shape[1], None, cu_seqlens, q.device)
+        if pattern.causal:
+            return _banded(q, k, v, at, pattern, sink_logits)
+        return _masked_blocks(q, k, v, at, at, pattern, sink_logits)
+    if cu_seqlens is not None:
+        return _each_sequence(q, k, v, pattern._replace(window=None), sink_logits, cu_seqlens)
+    if sink_logits is not None:
+        at = positions(q.shape[1], None, None, q.device)
+        return _masked_blocks(q, k, v, at, at, pattern, sink_logits)
+    return _sdpa(q, k, v, None, is_causal=pattern.causal)
+
+
+def _each_sequence(q, k, v, pattern, sink_logits, cu_seqlens):
+    if q.device.type == "cuda" and pattern == Pattern(pattern.causal) and sink_logits is None and q.dtype.itemsize == 2:
+        from torch.nn.attention.varlen import varlen_attn
+
+        repeat = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+        cu, most = cu_seqlens.int(), q.shape[1]
+        window = (-1, 0) if pattern.causal else (-1, -1)
+        return varlen_attn(q[0], k[0], v[0], cu, cu, most, most, scale=1.0, window_size=window)[None]
+    if torch.compiler.is_compiling() or q.device.type != "cpu":  # no host reads: one mask over the row
+        at = positions(q.shape[1], None, cu_seqlens)
+        ids, valid = sequence_ids(q.shape[1], cu_seqlens)
+        ids = torch.where(valid, ids, -1)[None]
+        return mask_padding(_masked_blocks(q, k, v, at, at, pattern, sink_logits, ids), cu_seqlens)
+    bounds = cu_seqlens.tolist()
+    outs = [
+        _fresh(q[:, a:b], k[:, a:b], v[:, a:b], pattern, sink_logits, None)
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        if b > a
+    ]
+    outs.append(q.new_zeros(1, q.shape[1] - bounds[-1], q.shape[2], v.shape[3]))
+    return torch.cat(outs, 1)
+
+
+def _continued(q, k, v, pattern, sink_logits, state, fresh):
+    """New tokens after a cache: (o, keys, values). `fresh` [N, T] is False for padding among the new tokens."""
+    time, slots = q.shape[1], state.k.shape[1]
+    at = positions(time, state.count, None)
+    if isinstance(state, KVCache):
+        used = slots
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
+            used = int((state.count + (time if fresh is None else fresh.sum(1))).max())
+            if used > slots:
+                raise UserError(f"the cache has {slots} slots; {used} tokens do not fit (raise max_len)")
+        keys, values = write_cache(state, k, v, at, fresh, 0)
+        key_at = torch.arange(used, device=q.device)[None]
+        o = _masked_blocks(q, keys[:, :used], values[:, :used], at, key_at, pattern, sink_logits)
+        return o, keys, values
+    spare = slots - pattern.n_sinks - pattern.window
+    if time <= spare + 1:  # what the new tokens overwrite is out of every query's window
+        keys, values = write_cache(state, k, v, at, fresh, pattern.n_sinks)
+        ends = state.count + (time if fresh is None else fresh.sum(1))
+        key_at = cached_positions(RingCache(keys, values, ends), pattern.n_sinks, ends)
+        return _masked_blocks(q, keys, values, at, key_at, pattern, sink_logits), keys, values
+    before = gather_before(state, pattern.n_sinks, pattern.window - 1)
+    keys, values = write_cache(state, k, v, at, fresh, pattern.n_sinks)
+    sinks = (keys[:, : pattern.n_sinks], values[:, : pattern.n_sinks]) if pattern.n_sinks else None
+    return _banded(q, k, v, at, pattern, sink_logits, before, sinks), keys, values
+
+
+def _banded(q, k, v, at, pattern, sink_logits, before=None, sinks=None):
+    """Causal window: a block of queries reads its own keys and the W-1 before them, so the cost is T W and not T^2.
+
+    `before`: the W-1 keys and values that precede the new ones, where there are any. at: positions [N | 1, T].
+    """
+    (batch, time), W = q.shape[:2], pattern.window
+    size = min(max(32, W), 128)
+    count = -(-time // size)
+    tail = count * size - time
+    if before is None:
+        k, v = (F.pad(x, (0, 0, 0, 0, W - 1, tail)) for x in (k, v))
+    else:
+        k, v = (F.pad(torch.cat([b.to(x.dtype), x], 1), (0, 0, 0, 0, 0, tail)) for b, x in zip(before, (k, v), strict=True))
+    width = W - 1 + size
+    blocks = lambda x: x.unfold(1, width, size).movedim(-1, 2).flatten(0, 1)  # noqa: E731
+    keys, values = blocks(k), blocks(v)  # [N n, W-1+size, G, .]
+    queries = F.pad(q, (0, 0, 0, 0, 0, tail)).unflatten(1, (count, size)).flatten(0, 1)
+    limit = F.pad(at, (0, tail)).unflatten(1, (count, size))  # a query at position p has p tokens before it
+    gap = torch.arange(size, device=q.device)[:, None] + W - 1 - torch.arange(width, device=q.device)
+    mask = (gap >= 0) & (gap < W) & (gap <= limit[..., None])  # [N | 1, n, size, width]
+    if pattern.n_sinks:
+        sink_k, sink_v = sinks if sinks is not None else (x[:, W - 1 :][:, : pattern.n_sinks] for x in (k, v))
+        first = torch.arange(sink_k.shape[1], device=q.device)
+        far = (limit[..., None] - first) >= W  # nearer ones are in the band
+        mask = torch.cat([mask, far], -1)
+        keys = torch.cat([keys, sink_k.to(keys.dtype).repeat_interleave(count, 0)], 1)
+        values = torch.cat([values, sink_v.to(values.dtype).repeat_interleave(count, 0)], 1)
+    mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)
+    out = _sdpa(queries, keys, values, mask[:, None], sink_logits=sink_logits)
+    return out.unflatten(0, (batch, count)).flatten(1, 2)[:, :time]
+
+
+def _masked_blocks(q, k, v, at, key_at, pattern, sink_logits, ids=None):
+    """Explicit masks, a block of queries at a time. Slots that hold nothing have key position -1."""
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    outs = []
+    for start in range(0, q.shape[1], QUERY_BLOCK):
+        span = slice(start, start + QUERY_BLOCK)
+        mask = pattern.reads(at[:, span], key_at) & (key_at >= 0)[:, None]
+        if ids is not None:
+            mask = mask & (ids[:, span, None] == ids[:, None])
+        outs.append(_sdpa(q[:, span], k, v, mask[:, None], sink_logits=sink_logits))
+    return torch.cat(outs, 1) if len(outs) != 1 else outs[0]
+
+
+def _sdpa(q, k, v, mask, *, is_causal=False, sink_logits=None):
+    """torch's attention on [N, T, H, .] tensors."""
+    if sink_logits is not None:  # one more key of zeros whose score is the sink's logit
+        k, v = F.pad(k, (0, 0, 0, 0, 0, 1)), F.pad(v, (0, 0, 0, 0, 0, 1))
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
+        bias = bias.expand(-1, q.shape[2], -1, -1)
+        column = sink_logits.to(q.dtype)[None, :, None, None].expand(*bias.shape[:3], 1)
+        mask = torch.cat([bias, column], -1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=1.0, enable_gqa=grouped)
+    return o.transpose(1, 2)
+
+
+_FORMS: dict[str, Callable] = dict(register("attention", naive=_naive, torch=_blockwise))
