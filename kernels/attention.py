@@ -172,7 +172,7 @@ def _fresh(q, k, v, pattern, sink_logits, cu_seqlens):
     if pattern.window is not None and pattern.window < q.shape[1]:
         at = positions(q.shape[1], None, cu_seqlens, q.device)
         if pattern.causal:
-            return _banded(q, k, v, at, pattern, sink_logits)
+            return mask_padding(_banded(q, k, v, at, pattern, sink_logits), cu_seqlens)
         return _masked_blocks(q, k, v, at, at, pattern, sink_logits)
     if cu_seqlens is not None:
         return _each_sequence(q, k, v, pattern._replace(window=None), sink_logits, cu_seqlens)
@@ -244,7 +244,9 @@ def _banded(q, k, v, at, pattern, sink_logits, before=None, sinks=None):
     if before is None:
         k, v = (F.pad(x, (0, 0, 0, 0, W - 1, tail)) for x in (k, v))
     else:
-        k, v = (F.pad(torch.cat([b.to(x.dtype), x], 1), (0, 0, 0, 0, 0, tail)) for b, x in zip(before, (k, v), strict=True))
+        k, v = (
+            F.pad(torch.cat([b.to(x.dtype), x], 1), (0, 0, 0, 0, 0, tail)) for b, x in zip(before, (k, v), strict=True)
+        )
     width = W - 1 + size
     blocks = lambda x: x.unfold(1, width, size).movedim(-1, 2).flatten(0, 1)  # noqa: E731
     keys, values = blocks(k), blocks(v)  # [N n, W-1+size, G, .]

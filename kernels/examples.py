@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import subquad.kernels
+from subquad.errors import UserError
 from subquad.kernels.backend import OPS, backend
 from subquad.kernels.state import KVCache, RingCache
 
@@ -64,7 +65,12 @@ Case = tuple[str, dict[str, Tensor], dict[str, Any], Any]  # name, inputs, optio
 def examples(
     op: str, *, time: int = 70, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
 ) -> list[Example]:
-    """Calls that show each option of `op`: from nothing, with a state, and packed with an empty sequence and padding."""
+    """Calls that show each option of `op`, from nothing and from a state, as a batch and packed.
+
+    The packed row holds an empty sequence and ends in padding.
+    """
+    if op not in _CASES:
+        raise UserError(f"the op {op} has no examples; add them to subquad.kernels.examples")
     function = getattr(import_module(f"subquad.kernels.{op}"), op)
     generator = torch.Generator().manual_seed(seed)
     used = max(time - 3, 1)
@@ -73,7 +79,8 @@ def examples(
     for setting, B, N, carried, cu in (
         ("fresh", 2, 2, False, None),
         ("carried", 2, 2, True, None),
-        ("packed", 1, 3, True, cu_seqlens),
+        ("packed", 1, 3, False, cu_seqlens),
+        ("packed, carried", 1, 3, True, cu_seqlens),
     ):
         for name, inputs, options, state in _CASES[op](Draw(B, time, N, carried, dtype, generator)):
             example = Example(f"{name}, {setting}", function, inputs, options, state if carried else None, cu)
@@ -113,13 +120,17 @@ def differences(example: Example, form: str, against: str = "naive") -> dict[str
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """||value - reference|| / ||reference||, absolute where the reference is zero; inf where the shapes differ."""
+    """||value - reference|| / ||reference||; inf where the shapes differ.
+
+    It is absolute where the reference is below 1e-6: zero but for rounding, as is the gradient of a normalised score of one
+    token.
+    """
     if value.shape != reference.shape:
         return float("inf")
     wide = torch.complex128 if reference.is_complex() else torch.float64
     value, reference = value.to(wide), reference.to(wide)
     norm = float(reference.norm())
-    return float((value - reference).norm()) / (norm or 1.0)
+    return float((value - reference).norm()) / (norm if norm > 1e-6 else 1.0)
 
 
 def _leaf(x: Any) -> Any:
@@ -131,6 +142,32 @@ def _leaf(x: Any) -> Any:
 def _named(name: str, tree: Any) -> dict[str, Tensor]:
     pairs, _ = pytree.tree_flatten_with_path(tree)
     return {name + pytree.keystr(path): x for path, x in pairs if isinstance(x, Tensor)}
+
+
+def _attention(r: Draw) -> Iterator[Case]:
+    H, G, K, V, W = 4, 2, 5, 7, 6
+    seen = r.integers(0, 4 * W, r.N)
+
+    def qkv() -> dict[str, Tensor]:
+        return {"q": r.tokens(H, K), "k": r.tokens(G, K), "v": r.tokens(G, V)}
+
+    def full() -> KVCache:
+        slots = 4 * W + r.T
+        return KVCache(r.normal(r.N, slots, G, K), r.normal(r.N, slots, G, V), seen.clone())
+
+    def ring(n_sinks: int, spare: int) -> RingCache:
+        slots = n_sinks + W + spare
+        return RingCache(r.normal(r.N, slots, G, K), r.normal(r.N, slots, G, V), seen.clone())
+
+    yield "all before", qkv(), {}, full()
+    yield "sink logits", {**qkv(), "sink_logits": r.normal(H)}, {}, full()
+    yield "window", qkv(), {"window": W}, ring(0, 3)
+    yield "window, cache of everything", qkv(), {"window": W}, full()
+    yield "window, sinks", qkv(), {"window": W, "n_sinks": 2}, ring(2, 0)
+    yield "window, sinks, room to spare", qkv(), {"window": W, "n_sinks": 2}, ring(2, r.T)
+    if not r.carried:
+        yield "bidirectional", qkv(), {"causal": False}, None
+        yield "bidirectional window", qkv(), {"causal": False, "window": W}, None
 
 
 def _linear_attention(r: Draw) -> Iterator[Case]:
@@ -190,6 +227,7 @@ def _selective_scan(r: Draw) -> Iterator[Case]:
 
 
 _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
+    "attention": _attention,
     "delta_rule": _delta_rule,
     "linear_attention": _linear_attention,
     "scan": _scan,

@@ -86,7 +86,9 @@ def _check(q, k, v, decay, exclusive, bonus, causal, state, cu_seqlens) -> None:
     if bonus is not None and not exclusive:
         raise UserError("linear_attention: bonus weighs the current token, which only exclusive=True leaves out of S")
     if not causal and (decay is not None or exclusive or state is not None):
-        raise UserError("linear_attention: causal=False sums whole sequences; it takes no decay, exclusive read or state")
+        raise UserError(
+            "linear_attention: causal=False sums whole sequences; it takes no decay, exclusive read or state"
+        )
 
 
 def _naive(q, k, v, g, S, exclusive, u, cu_seqlens):

@@ -48,7 +48,9 @@ def check_packed(x: Tensor, cu_seqlens: Tensor | None, state: object = None) -> 
     if x.shape[0] != 1:
         raise UserError(f"packed input has batch 1 and all sequences in one row; x has batch {x.shape[0]}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
-        raise UserError(f"cu_seqlens is an integer vector of N+1 boundaries; got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        raise UserError(
+            f"cu_seqlens is an integer vector of N+1 boundaries; got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
 
 
 def sequence_ids(time: int, cu_seqlens: Int[Tensor, "M"]) -> tuple[Int[Tensor, "T"], Bool[Tensor, "T"]]:
@@ -144,7 +146,11 @@ class Chunks:
         starts = F.pad(ends, (1, 0))[:-1]
         chunk = torch.arange(self.count, device=device)
         self.sequence = torch.searchsorted(ends, chunk, right=True).clamp(max=n_seqs - 1)
-        token = cu[self.sequence, None] + (chunk - starts[self.sequence])[:, None] * size + torch.arange(size, device=device)
+        token = (
+            cu[self.sequence, None]
+            + (chunk - starts[self.sequence])[:, None] * size
+            + torch.arange(size, device=device)
+        )
         self.filled = token < cu[self.sequence + 1, None]
         self.token = token.clamp(max=max(self.time - 1, 0)).flatten()
         self.first = (chunk == starts[self.sequence])[:, None]

@@ -33,7 +33,9 @@ def short_conv(
     before = x.new_zeros(n_seqs, weight.shape[1] - 1, x.shape[2]) if state is None else state
     form = pick("short_conv", _FORMS, x)
     with full_precision(x):
-        y, last = form(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), before.to(x.dtype), cu_seqlens)
+        y, last = form(
+            x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), before.to(x.dtype), cu_seqlens
+        )
         if activation == "silu":
             y = F.silu(y)
     return y, None if state is None else commit(state, last)

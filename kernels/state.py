@@ -49,7 +49,9 @@ def field_kinds(state_type: type) -> dict[str, str | None]:
     for name, hint in get_type_hints(state_type, include_extras=True).items():
         found = [a for a in get_args(hint)[1:] if a in KINDS]
         if not found and (hint is Tensor or Tensor in get_args(hint)):
-            raise TypeError(f"{state_type.__name__}.{name} declares no kind; annotate it with one of subquad's: {KINDS}")
+            raise TypeError(
+                f"{state_type.__name__}.{name} declares no kind; annotate it with one of subquad's: {KINDS}"
+            )
         kinds[name] = found[0] if found else None
     return kinds
 

@@ -29,7 +29,9 @@ def expand_decay(decay: Tensor | None, v: Tensor) -> Tensor | None:
             raise UserError(f"a constant decay is [H] or [H, K] with H = {H}; got {tuple(decay.shape)}")
         return g.expand(B, T, *g.shape)
     if g.dim() > 4 or g.shape[:3] != v.shape[:3]:
-        raise UserError(f"a decay is [B, T, H] or [B, T, H, K] with {tuple(v.shape[:3])} first; got {tuple(decay.shape)}")
+        raise UserError(
+            f"a decay is [B, T, H] or [B, T, H, K] with {tuple(v.shape[:3])} first; got {tuple(decay.shape)}"
+        )
     return g
 
 

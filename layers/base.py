@@ -104,6 +104,13 @@ def state_dtype(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
     return parameter.dtype
 
 
+def conv_weight(width: int, taps: int, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weights [D, W] and bias [D] of a short convolution, uniform in +-1/sqrt(W) like torch's depthwise Conv1d."""
+    bound = taps**-0.5
+    weight = nn.Parameter(torch.empty(width, taps).uniform_(-bound, bound))
+    return no_weight_decay(weight), nn.Parameter(torch.empty(width).uniform_(-bound, bound)) if bias else None
+
+
 def silu_gated(x: Tensor, z: Tensor) -> Tensor:
     """x * silu(z), the output gate of most linear-time mixers."""
     return x * F.silu(z)

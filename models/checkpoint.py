@@ -67,7 +67,9 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
         raise UserError(f"{folder} is no model of subquad: it has no {' and no '.join(missing)}")
     values = read_mapping(folder / CONFIG)
     if values.get("format") != "subquad" or not isinstance(values.get("lm"), dict):
-        raise UserError(f"{folder / CONFIG} was not written by subquad: it has no 'format': 'subquad' with an 'lm' part")
+        raise UserError(
+            f"{folder / CONFIG} was not written by subquad: it has no 'format': 'subquad' with an 'lm' part"
+        )
     config = LMConfig.from_dict(values["lm"])
     with torch.device("meta"):  # no time for random weights that are overwritten at once
         model = LM(config)
@@ -111,7 +113,9 @@ def _fill(model: nn.Module, path: Path) -> None:
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != tuple(expected[name].shape):
                     wanted = tuple(expected[name].shape)
-                    raise UserError(f"{path} does not fit its config.json: {name!r} is {shape}, the model needs {wanted}")
+                    raise UserError(
+                        f"{path} does not fit its config.json: {name!r} is {shape}, the model needs {wanted}"
+                    )
             extra = sorted(names - set(expected))
             if extra:
                 raise UserError(f"{path} does not fit its config.json: tensor {extra[0]!r} is not part of the model")

@@ -92,7 +92,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'YAML'}: {_one_line(error)}") from error
+        raise UserError(
+            f"{path} is no valid {'JSON' if path.suffix == '.json' else 'YAML'}: {_one_line(error)}"
+        ) from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}; a configuration is a mapping of keys to values")
     return values
@@ -148,7 +150,9 @@ def _check_stage(where: str, stage: Any) -> None:
     for j, block in enumerate(pattern):
         here = f"{where}.pattern[{j}]"
         if not isinstance(block, Mapping) or not block:
-            raise UserError(f"{here} is {block!r}; a block is a mapping {{mixer: ..., ffn: ...}} with at least one of them")
+            raise UserError(
+                f"{here} is {block!r}; a block is a mapping {{mixer: ..., ffn: ...}} with at least one of them"
+            )
         _check_keys(here, block, ["mixer", "ffn"])
         for part, spec in block.items():
             if spec is not None and not isinstance(spec, str | Mapping):
@@ -165,7 +169,9 @@ def _check_keys(where: str, given: Spec, allowed: list[str]) -> None:
 def _check_type(where: str, value: Any, hint: Any) -> None:
     right = is_bearable(value, hint, conf=_NUMBERS) and not (isinstance(value, bool) and not is_bearable(True, hint))
     if not right:
-        wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("Literal", "one of ")
+        wanted = (
+            hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("Literal", "one of ")
+        )
         raise UserError(f"{where} is {value!r} ({type(value).__name__}); it must be {wanted}")
 
 

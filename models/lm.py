@@ -3,6 +3,7 @@
 import inspect
 from math import sqrt
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -59,7 +60,9 @@ class Block(nn.Module):
         return x, None if state is None else BlockState(*states), shared
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None) -> BlockState:
-        return BlockState(*(() if p is None else p.init_state(batch_size, max_len, dtype) for p in (self.mixer, self.ffn)))
+        return BlockState(
+            *(() if p is None else p.init_state(batch_size, max_len, dtype) for p in (self.mixer, self.ffn))
+        )
 
 
 class LM(nn.Module):
@@ -108,15 +111,22 @@ class LM(nn.Module):
     def reset_parameters(self) -> None:
         """Normal weights of one small scale, those into the residual stream divided by sqrt(2 n_layers) (GPT-2).
 
-        What a layer's paper initialises otherwise (A_log, dt, convolutions, norms) keeps the layer's own values.
+        What a layer's paper initialises otherwise (A_log, dt, convolutions, norms) keeps the layer's own values. A module
+        whose weights are no Linear's takes part through a method `init_weights(std, depth_scale)`.
         """
         std = self.config.init_std or sqrt(2 / (5 * self.config.d_model))
+        depth_scale = 1 / sqrt(2 * len(self.blocks))
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and not getattr(module, "keeps_init", False):
-                depth = sqrt(2 * len(self.blocks)) if getattr(module, "scales_residual", False) else 1.0
-                nn.init.normal_(module.weight, std=std / depth)
+            if getattr(module, "keeps_init", False):
+                continue
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(
+                    module.weight, std=std * (depth_scale if getattr(module, "scales_residual", False) else 1)
+                )
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(method := getattr(module, "init_weights", None), MethodType):
+                method(std, depth_scale)
 
     def forward(
         self,
@@ -149,7 +159,9 @@ class LM(nn.Module):
         for i, block in enumerate(self.blocks):
             for part in (block.mixer, block.ffn):
                 if part is not None and not hasattr(part, "init_state"):
-                    raise UserError(f"block {i}'s {type(part).__name__} cannot decode: it reads the whole sequence at once")
+                    raise UserError(
+                        f"block {i}'s {type(part).__name__} cannot decode: it reads the whole sequence at once"
+                    )
         return LMState(tuple(block.init_state(batch_size, max_len, dtype) for block in self.blocks))
 
     def n_parameters(self) -> int:

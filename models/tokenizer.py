@@ -1,5 +1,7 @@
 """Text to tokens and back: bytes by default, or a Hugging Face tokenizer from a folder or file."""
 
+from codecs import getincrementaldecoder
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +21,10 @@ class Tokenizer(Protocol):
     def decode_bytes(self, tokens: list[int]) -> bytes:
         """The UTF-8 bytes of tokens; they may end within a character."""
 
+    def decoder(self, before: list[int]) -> Callable[[int | None], str]:
+        """Tokens to text one at a time, after the tokens `before`: each call gives the characters a token completes;
+        None gives the rest."""
+
     def save(self, folder: Path) -> None:
         """Put what `load_tokenizer` needs beside a model."""
 
@@ -34,6 +40,10 @@ class ByteTokenizer:
     def decode_bytes(self, tokens: list[int]) -> bytes:
         return bytes(t for t in tokens if t < 256)
 
+    def decoder(self, before: list[int]) -> Callable[[int | None], str]:
+        utf8 = getincrementaldecoder("utf-8")("replace")
+        return lambda token: utf8.decode(b"" if token is None else self.decode_bytes([token]), final=token is None)
+
     def save(self, folder: Path) -> None:
         pass
 
@@ -48,7 +58,9 @@ class HFTokenizer:
 
         path = Path(path)
         if not path.exists():
-            raise UserError(f"there is no tokenizer at {path}; give 'bytes', a tokenizer.json or a folder that holds one")
+            raise UserError(
+                f"there is no tokenizer at {path}; give 'bytes', a tokenizer.json or a folder that holds one"
+            )
         try:
             if path.is_file():
                 self.tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
@@ -64,11 +76,30 @@ class HFTokenizer:
             try:
                 text = text.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(f"the text is not UTF-8 (byte {error.start}); only the byte tokenizer takes any bytes") from error
+                raise UserError(
+                    f"the text is not UTF-8 (byte {error.start}); only the byte tokenizer takes any bytes"
+                ) from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False).encode()
+
+    def decoder(self, before: list[int]) -> Callable[[int | None], str]:
+        from tokenizers.decoders import DecodeStream
+
+        stream, held = DecodeStream(ids=before, skip_special_tokens=False), []
+
+        def push(token: int | None) -> str:
+            if token is None:
+                return self.decode_bytes(held).decode() if held else ""
+            held.append(token)
+            piece = stream.step(self.tokenizer.backend_tokenizer, token)
+            if piece is None:
+                return ""
+            held.clear()
+            return piece
+
+        return push
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(str(folder))
