@@ -3,6 +3,7 @@
 A new op is added here, in `_CASES`, and nowhere else: one function that draws its variants.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pkgutil import iter_modules
@@ -20,14 +21,35 @@ from subquad.kernels.state import KVCache, RingCache
 
 
 class Example(NamedTuple):
-    """One call: op(**inputs, **options, state=state, cu_seqlens=cu_seqlens)."""
+    """One call: op(**inputs, **options, state=state, cu_seqlens=cu_seqlens), without the last two for an op on tokens
+    that carries nothing."""
 
     name: str
-    op: Callable[..., tuple[Tensor, Any]]
+    op: Callable[..., Any]
     inputs: dict[str, Tensor]
     options: dict[str, Any]
     state: Any
     cu_seqlens: Tensor | None
+
+    def call(self) -> tuple[Tensor, Any]:
+        """(output, new state or None)."""
+        if not carries(self.op):
+            return self.op(**self.inputs, **self.options), None
+        return self.op(**self.inputs, **self.options, state=self.state, cu_seqlens=self.cu_seqlens)
+
+    def to(self, to: torch.dtype | str) -> "Example":
+        """With its floating-point tensors in another precision (of the same kind), or with all on another device."""
+        return Example(*pytree.tree_map(lambda x: _converted(x, to), tuple(self)))
+
+
+def carries(op: Callable[..., Any]) -> bool:
+    return "state" in inspect.signature(op).parameters
+
+
+def _converted(x: Any, to: torch.dtype | str) -> Any:
+    if not isinstance(x, Tensor) or (isinstance(to, torch.dtype) and not x.is_floating_point() and not x.is_complex()):
+        return x
+    return x.to(to.to_complex() if isinstance(to, torch.dtype) and x.is_complex() else to)
 
 
 class Draw:
@@ -84,7 +106,9 @@ def examples(
     ):
         for name, inputs, options, state in _CASES[op](Draw(B, time, N, carried, dtype, generator)):
             example = Example(f"{name}, {setting}", function, inputs, options, state if carried else None, cu)
-            found.append(pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example))
+            found.append(example.to(device))
+        if not carries(function):
+            break
     return found
 
 
@@ -99,13 +123,14 @@ def run(example: Example, form: str, seed: int = 0) -> dict[str, Tensor]:
     """The output, the new state and the gradient of every input by name, with random gradients from above."""
     inputs, state = pytree.tree_map(_leaf, (example.inputs, example.state))
     with backend(form), torch.enable_grad():
-        out, new_state = example.op(**inputs, **example.options, state=state, cu_seqlens=example.cu_seqlens)
+        out, new_state = example._replace(inputs=inputs, state=state).call()
     results = {"out": out, **_named("new state", new_state)}
     generator = torch.Generator().manual_seed(seed)
     loss = out.new_zeros((), dtype=torch.float64)
     for value in results.values():
         if value.requires_grad:
-            weight = torch.randn(value.shape, dtype=value.dtype, generator=generator).to(value.device)
+            wide = torch.complex128 if value.is_complex() else torch.float64  # the same weights whatever the precision
+            weight = torch.randn(value.shape, dtype=wide, generator=generator).to(value.device)
             loss = loss + (weight * value).sum().real
     sources = {name: x for name, x in {**inputs, **_named("state", state)}.items() if x.requires_grad}
     gradients = torch.autograd.grad(loss, list(sources.values()), materialize_grads=True)
@@ -113,17 +138,16 @@ def run(example: Example, form: str, seed: int = 0) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in results.items()}
 
 
-def differences(example: Example, form: str, against: str = "naive") -> dict[str, float]:
-    """||form - against|| / ||against|| for everything that `run` returns; NaN where either holds one."""
-    ours, reference = run(example, form), run(example, against)
+def differences(example: Example, form: str) -> dict[str, float]:
+    """||form - naive|| / ||naive|| by name for what `run` returns, the naive form in float64; NaN where either has one."""
+    ours, reference = run(example, form), run(example.to(torch.float64), "naive")
     return {name: relative_error(ours[name], reference[name]) for name in reference}
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """||value - reference|| / ||reference||; inf where the shapes differ.
 
-    It is absolute where the reference is below 1e-6: zero but for rounding, as is the gradient of a normalised score of one
-    token.
+    It is absolute where the reference is below 1e-6, which is a zero that was rounded.
     """
     if value.shape != reference.shape:
         return float("inf")
@@ -168,6 +192,14 @@ def _attention(r: Draw) -> Iterator[Case]:
     if not r.carried:
         yield "bidirectional", qkv(), {"causal": False}, None
         yield "bidirectional window", qkv(), {"causal": False, "window": W}, None
+
+
+def _grouped_mlp(r: Draw) -> Iterator[Case]:
+    D, F, E, k = 8, 12, 5, 2  # aligned for grouped products in float32
+    M = r.B * r.T
+    expert = r.uniform(M, E).argsort(-1)[:, :k].clamp(max=E - 2)  # nobody chooses the last, some choose one twice
+    inputs = {"x": r.normal(M, D), "expert": expert, "weight": r.uniform(M, k)}
+    yield "plain", {**inputs, "gate_up": r.normal(E, 2 * F, D), "down": r.normal(E, D, F)}, {}, None
 
 
 def _linear_attention(r: Draw) -> Iterator[Case]:
@@ -229,6 +261,7 @@ def _selective_scan(r: Draw) -> Iterator[Case]:
 _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "attention": _attention,
     "delta_rule": _delta_rule,
+    "grouped_mlp": _grouped_mlp,
     "linear_attention": _linear_attention,
     "scan": _scan,
     "selective_scan": _selective_scan,

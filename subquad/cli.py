@@ -1,4 +1,4 @@
-"""The `subquad` command and its alias `infer`. Each part loads when it is asked for, so that `--help` starts at once."""
+"""The `subquad` command and its alias `infer`. Each part loads when asked for, so that `--help` starts at once."""
 
 import os
 import sys

@@ -1,7 +1,8 @@
+# ruff: noqa: E402
 """What holds for every test.
 
-* Shapes: every jaxtyping annotation of subquad is checked at run time. The hook must be in place before subquad is first
-  imported, so it is the first thing here. `torch.compile` cannot trace the checks: a test that compiles is marked
+* Shapes: every jaxtyping annotation of subquad is checked at run time. The hook must be in place before subquad is
+  first imported, so it is the first thing here. `torch.compile` cannot trace the checks: a test that compiles is marked
   `@pytest.mark.unchecked`, which switches them off while it runs.
 * Memory: `torch.empty` and its kin hand out NaN, so that an output an op forgot to write shows.
 * Chance: each test starts from a seed made of its name, which a failure prints. SUBQUAD_TEST_SEED=n shifts them all.

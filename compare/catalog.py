@@ -1,0 +1,73 @@
+"""`subquad layers`: the zoo as a table, and one layer's arguments."""
+
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from subquad.arguments import Parser
+from subquad.errors import UserError, nearest
+from subquad.layers import Layer, available
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print all layers, or one."""
+    parser = Parser(prog="subquad layers", description=__doc__)
+    parser.add_argument("name", nargs="?", help="a layer, for its docstring, arguments, types and defaults")
+    name = parser.parse_args(argv).name
+    layers = available()
+    if name is not None and name not in layers:
+        raise UserError(f"there is no layer {name!r}; {nearest(name, layers)}")
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width to fit
+    if name is None:
+        console.print(_overview(layers))
+        console.print("T tokens, S cached, D d_model, H heads; the other letters: subquad layers NAME.")
+    else:
+        _describe(console, layers[name])
+    return 0
+
+
+def _overview(layers: dict[str, type[Layer]]) -> Table:
+    table = Table(
+        title="Layers: cost of T tokens in training, of one token in decoding, and values of state a sequence"
+    )
+    for heading in ("name", "kind", "op", "train", "decode", "state", "paper"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("name", "op"))
+    for name, layer in sorted(layers.items(), key=lambda item: (item[1].kind != "mixer", item[0])):
+        card = layer.card
+        cells = ["?"] * 5 if card is None else [card.op, card.train, card.decode, card.state, card.paper]
+        table.add_row(name, layer.kind, *map(escape, cells))
+    return table
+
+
+def _describe(console: Console, layer: type[Layer]) -> None:
+    console.print(f"[bold]{layer.__name__}[/bold] ({layer.kind})\n")
+    console.print(escape(inspect.getdoc(layer) or ""), highlight=False, soft_wrap=True)
+    hints = get_type_hints(layer.__init__)
+    table = Table(title="Arguments", title_justify="left")
+    for heading in ("name", "type", "default"):
+        table.add_column(heading, overflow="fold")
+    for parameter in list(inspect.signature(layer.__init__).parameters.values())[1:]:
+        default = "required" if parameter.default is inspect.Parameter.empty else repr(parameter.default)
+        table.add_row(parameter.name, escape(type_name(hints.get(parameter.name, Any))), escape(default))
+    console.print()
+    console.print(table)
+
+
+def type_name(hint: Any) -> str:
+    """A type as a reader writes it: `int | None`, `"elu" | "relu"`."""
+    if hint is type(None):
+        return "None"
+    if get_origin(hint) is Literal:
+        return " | ".join(repr(value) for value in get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(type_name(part) for part in get_args(hint))
+    if isinstance(hint, type) and not get_args(hint):
+        return hint.__name__
+    return re.sub(r"\b(?:typing|collections\.abc)\.", "", str(hint))

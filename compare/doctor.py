@@ -1,0 +1,87 @@
+"""`subquad doctor`: what is installed, what runs where, and whether every op computes what its definition says."""
+
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from math import inf, isnan
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import subquad
+from subquad.arguments import Parser
+from subquad.kernels.backend import current_backend
+from subquad.kernels.examples import differences, examples, load_ops
+
+PACKAGES = ("torch", "triton", "transformers", "lightning")
+TOLERANCE = 1e-10  # in float64, where the forms differ only by the order of summation
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; 1 if an op is wrong somewhere."""
+    Parser(prog="subquad doctor", description=__doc__).parse_args(argv)
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    devices = [device for device, there in present.items() if there]
+    console = Console()
+    console.print(_environment(devices))
+    table, failures = _self_check(devices)
+    console.print(table)
+    if failures:
+        console.print(*failures, sep="\n")
+        console.print("Do not trust the results of these ops on these devices.")
+        return 1
+    console.print("Every op agrees with its definition.")
+    return 0
+
+
+def _environment(devices: list[str]) -> Table:
+    table = Table(title="Environment", title_justify="left", show_header=False)
+    table.add_row("subquad", subquad.__version__)
+    table.add_row("python", f"{sys.version.split()[0]} on {platform.platform()}")
+    for package in PACKAGES:
+        table.add_row(package, _version(package))
+    table.add_row("cpu", f"threads: {torch.get_num_threads()}, backend {current_backend('cpu')}")
+    for device in devices[1:]:
+        count = torch.cuda.device_count() if device == "cuda" else 1
+        names = [torch.cuda.get_device_name(i) if device == "cuda" else "Apple GPU" for i in range(count)]
+        table.add_row(device, f"{', '.join(names)}, backend {current_backend(device)}")
+    if len(devices) == 1:
+        table.add_row("GPU", "none that torch can use")
+    return table
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _self_check(devices: list[str]) -> tuple[Table, list[str]]:
+    """Each op's forms against its naive form in float64: the table, and one line for everything that is off."""
+    table = Table(title="Self-check: relative error against the naive form, float64", title_justify="left")
+    for heading in ("op", "form", "device", "examples", "largest error", "verdict"):
+        table.add_column(heading, justify="right" if heading in ("examples", "largest error") else "left")
+    failures = []
+    for op, forms in sorted(load_ops().items()):
+        for form, device in _placements(forms, devices):
+            found = examples(op, device=device)
+            errors = {f"{e.name}: {what}": x for e in found for what, x in differences(e, form).items()}
+            wrong = {name: x for name, x in errors.items() if not x < TOLERANCE}  # NaN is not below it either
+            worst = max(errors.values(), key=lambda x: inf if isnan(x) else x)
+            verdict = "[bold]FAIL[/bold]" if wrong else "PASS"
+            table.add_row(op, form, device, str(len(found)), f"{worst:.1e}", verdict)
+            failures += [f"{op}, {form} on {device}, {name} is off by {x:.1e}" for name, x in wrong.items()]
+    return table, failures
+
+
+def _placements(forms: Sequence[str], devices: list[str]) -> list[tuple[str, str]]:
+    """(form, device) to check. mps has no float64, so nothing is claimed about it; triton needs a GPU."""
+    return [
+        (form, device)
+        for form in forms
+        for device in devices
+        if form != "naive" and device != "mps" and (form != "triton" or device == "cuda")
+    ]
