@@ -47,7 +47,8 @@ def field_kinds(state_type: type) -> dict[str, str | None]:
     """Field name -> kind of a state NamedTuple; None for a field that is a state itself."""
     kinds: dict[str, str | None] = {}
     for name, hint in get_type_hints(state_type, include_extras=True).items():
-        found = [a for a in get_args(hint)[1:] if a in KINDS]
+        # The kind of a field that may be absent, `Recurrent | tuple[()]`, is one level further in.
+        found = [a for part in (hint, *get_args(hint)) for a in get_args(part)[1:] if a in KINDS]
         if not found and (hint is Tensor or Tensor in get_args(hint)):
             raise TypeError(
                 f"{state_type.__name__}.{name} declares no kind; annotate it with one of subquad's: {KINDS}"
