@@ -91,9 +91,10 @@ class HFTokenizer:
 
         def push(token: int | None) -> str:
             if token is None:
-                return self.decode_bytes(held).decode() if held else ""
-            held.append(token)
-            piece = stream.step(self.tokenizer.backend_tokenizer, token)
+                piece = self.decode_bytes(held).decode() if held else ""
+            else:
+                held.append(token)
+                piece = stream.step(self.tokenizer.backend_tokenizer, token)
             if piece is None:
                 return ""
             held.clear()

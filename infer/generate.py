@@ -1,0 +1,340 @@
+"""One generation loop for every architecture: read the prompts, then one token a sequence and step.
+
+A run is `Context` (where the sequences are), `Context.read` (prefill, in chunks) and `decode` (the loop); `Generation`
+adds text, stop strings and samples around them, and `generate` is that in one call.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subquad.errors import UserError
+from subquad.infer.sampling import Sampling, generator, seeds_from
+from subquad.infer.state import concatenate, fork, load_state, save_state, select
+from subquad.infer.text import TextStream, stop_strings
+from subquad.kernels.packing import cu_seqlens_of
+from subquad.models.checkpoint import load
+from subquad.models.lm import LM, LMState
+from subquad.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+Prompt = str | bytes | Tensor | np.ndarray | Sequence[int]
+PREFILL_CHUNK = 4096
+SAVED = {"unread", "unread_lengths", "lengths", "seen", "generators", "finished"}
+
+
+@dataclass
+class Context:
+    """Where sequences are: what they have read is in the state, what they have not read yet in `unread`.
+
+    The last token sampled is one that is not read yet, so stopping between two steps, or between two chunks of the
+    prompt, leaves nothing else to remember.
+    """
+
+    model: LM
+    state: LMState  # of the live sequences, in order
+    unread: list[Tensor]  # int32, at least one token each
+    lengths: list[int]  # tokens read
+    seen: Tensor  # bool [N, V], the tokens that occurred
+    generators: list[torch.Generator]
+    finished: list[bool]
+    live: list[int] = field(init=False)
+    parked: dict[int, LMState | None] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.live = list(range(len(self.unread)))
+
+    @classmethod
+    def start(cls, model: LM, prompts: list[Tensor], seeds: list[int], max_new_tokens: int) -> "Context":
+        """Before the first token of each prompt, with room for all of them and `max_new_tokens` more."""
+        n, device = len(prompts), model.embedding.weight.device
+        state = model.init_state(n, max(len(p) for p in prompts) + max_new_tokens)
+        seen = torch.zeros(n, model.config.vocab_size, dtype=torch.bool, device=device)
+        context = cls(model, state, [p[:0] for p in prompts], [0] * n, seen, [generator(s) for s in seeds], [False] * n)
+        context.extend(prompts)
+        return context
+
+    def extend(self, prompts: list[Tensor]) -> None:
+        """More text to read; a sequence that had ended goes on."""
+        for i, prompt in enumerate(prompts):
+            self.unread[i] = torch.cat([self.unread[i], prompt])
+            self.seen[i, prompt.long().unique().to(self.seen.device)] = True
+            self.finished[i] = False
+
+    def read(self, chunk: int = PREFILL_CHUNK) -> Iterator[int]:
+        """Read all but the last unread token of each sequence, at most `chunk` tokens a call; yields how many it read.
+
+        The sequences lie packed in one row that is cut every `chunk` tokens, wherever one ends.
+        """
+        row = torch.cat([u[:-1] for u in self.unread])
+        boundaries = cu_seqlens_of(torch.tensor([len(u) - 1 for u in self.unread]))
+        for start in range(0, len(row), chunk):
+            tokens = row[start : start + chunk]
+            here = (boundaries - start).clamp(0, len(tokens))
+            packed = here.to(self.seen.device) if len(self.unread) > 1 else None
+            self._forward(tokens[None], packed)
+            for i, count in enumerate(here.diff().tolist()):
+                self._advance(i, count)
+            yield len(tokens)
+
+    def step(self) -> Tensor:
+        """Read the one unread token of each live sequence; gives the scores of the next, [live, V]."""
+        scores = self._forward(torch.stack([self.unread[i] for i in self.live]))
+        for i in self.live:
+            self._advance(i, 1)
+        return scores
+
+    def narrow(self, *, park: bool) -> None:
+        """Leave finished sequences out of the following steps; `park` keeps their states for `whole`."""
+        stay = [i for i in self.live if not self.finished[i]]
+        if stay == self.live:
+            return
+        for row, i in enumerate(self.live):
+            if self.finished[i]:
+                self.parked[i] = select(self.state, [row]) if park else None
+        self.state = select(self.state, [self.live.index(i) for i in stay])
+        self.live = stay
+
+    def whole(self) -> LMState:
+        """The state of all sequences, those that ended too."""
+        if not self.parked:
+            return self.state
+        parts = {i: select(self.state, [row]) for row, i in enumerate(self.live)} | self.parked
+        return concatenate([parts[i] for i in range(len(self.unread))])
+
+    def fork(self, n: int, seeds: list[int]) -> "Context":
+        """Each sequence n times, from one reading of its prompt."""
+        each = [i for i in range(len(self.unread)) for _ in range(n)]
+        return Context(
+            self.model,
+            fork(self.state, n),
+            [self.unread[i] for i in each],
+            [self.lengths[i] for i in each],
+            self.seen.repeat_interleave(n, 0),
+            [generator(s) for s in seeds],
+            [self.finished[i] for i in each],
+        )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write everything that going on takes."""
+        extra = {
+            "unread": torch.cat(self.unread),
+            "unread_lengths": torch.tensor([len(u) for u in self.unread]),
+            "lengths": torch.tensor(self.lengths),
+            "seen": self.seen,
+            "generators": torch.stack([g.get_state() for g in self.generators]),
+            "finished": torch.tensor(self.finished),
+        }
+        save_state(path, self.model, self.whole(), extra=extra, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path, model: LM, *, more: Tensor | None = None, max_new_tokens: int = 0) -> "Context":
+        """Go on from a file, every sequence with the text `more` and then room for `max_new_tokens`."""
+
+        def room(extra: dict[str, Tensor]) -> int:
+            if not extra.keys() >= SAVED:
+                raise UserError(
+                    f"{path} holds a state only; it was not saved by a generation, so nothing says what comes next"
+                )
+            return int(extra["unread_lengths"].max()) + (0 if more is None else len(more)) + max_new_tokens
+
+        state, extra = load_state(path, model, room=room)
+        generators = [torch.Generator() for _ in extra["generators"]]
+        for g, values in zip(generators, extra["generators"], strict=True):
+            g.set_state(values)
+        unread = list(extra["unread"].split(extra["unread_lengths"].tolist()))
+        seen = extra["seen"].to(model.embedding.weight.device)
+        context = cls(model, state, unread, extra["lengths"].tolist(), seen, generators, extra["finished"].tolist())
+        if more is not None:
+            context.extend([more] * len(unread))
+        return context
+
+    @torch.no_grad()
+    def _forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        tokens = tokens.to(self.seen.device, torch.long)
+        scores, self.state = self.model(tokens, self.state, cu_seqlens, logits="last")
+        return scores
+
+    def _advance(self, i: int, count: int) -> None:
+        self.unread[i] = self.unread[i][count:]
+        self.lengths[i] += count
+
+
+def decode(
+    context: Context, sampling: Sampling, max_new_tokens: int, *, eos_id: int | None = None, park: bool = False
+) -> Iterator[dict[int, int]]:
+    """The loop: each step reads one token a live sequence and yields the next, {sequence: token}.
+
+    A sequence ends with `eos_id`, which is not yielded, or when the caller sets its `context.finished`.
+    """
+    for _ in range(max_new_tokens):
+        context.narrow(park=park)
+        if not context.live:
+            return
+        scores = context.step()
+        rows = torch.tensor(context.live, device=scores.device)
+        tokens = sampling.pick(scores, context.seen[rows], [context.generators[i] for i in context.live])
+        context.seen[rows, tokens] = True
+        found = dict(zip(context.live, tokens.tolist(), strict=True))
+        for i, token in found.items():
+            context.unread[i] = torch.tensor([token], dtype=torch.int32)
+            context.finished[i] = token == eos_id
+        yield {i: token for i, token in found.items() if token != eos_id}
+
+
+class Generation:
+    """Text from a context: `prefill()` reads the prompts, then iterating gives (sequence, text) as it comes.
+
+    Either may be left off at any point; `context` is then where it stands, and `texts` what was generated.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        park: bool = False,
+    ):
+        self.context, self.tokenizer, self.sampling = context, tokenizer, sampling
+        self.max_new_tokens, self.stop, self.park = max_new_tokens, stop, park
+        n = len(context.unread)
+        self.tokens: list[list[int]] = [[] for _ in range(n)]
+        self._pieces: list[list[str]] = [[] for _ in range(n)]
+        self._streams = [TextStream(tokenizer, stop, before=u[-1:].tolist()) for u in context.unread]
+
+    @property
+    def texts(self) -> list[str]:
+        return ["".join(pieces) for pieces in self._pieces]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        context = self.context
+        steps = decode(context, self.sampling, self.max_new_tokens, eos_id=self.tokenizer.eos_id, park=self.park)
+        for step in steps:
+            for i, token in step.items():
+                self.tokens[i].append(token)
+                piece = self._streams[i].push(token)
+                context.finished[i] = self._streams[i].stopped
+                yield from self._say(i, piece)
+        yield from self.finish()
+
+    def finish(self) -> Iterator[tuple[int, str]]:
+        """What is held back of a character or a stop string, once no more tokens come."""
+        for i, stream in enumerate(self._streams):
+            yield from self._say(i, stream.finish())
+
+    def _say(self, i: int, piece: str) -> Iterator[tuple[int, str]]:
+        if piece:
+            self._pieces[i].append(piece)
+            yield i, piece
+
+
+def generate(
+    model: LM | str | Path,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    num_samples: int = 1,
+    prefill_chunk: int = PREFILL_CHUNK,
+    tokenizer: Tokenizer | str | Path | None = None,
+    on_text: Callable[[int, str], object] | None = None,
+) -> str | list[str]:
+    """Continue one prompt or several; returns what was generated, without the prompts.
+
+    A list of texts for several prompts or samples, the samples of a prompt next to each other; otherwise one text.
+
+    Arguments
+        model: an LM or the folder of one.
+        prompts: text, bytes or tokens (a list, array or tensor), or a list of these; lengths may differ.
+        max_new_tokens: the most tokens to generate for each.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `subquad.infer.sampling.Sampling`; greedy by default.
+        stop: strings that end a text and are not part of it.
+        seed: sequence i draws from seed + i, whatever is in the batch with it; by default a new seed each time.
+        num_samples: texts a prompt, from one reading of it.
+        prefill_chunk: tokens of prompt in one call of the model, which bounds the memory.
+        tokenizer: of the model; by default the one in its folder, and bytes for an LM with a vocabulary of 256.
+        on_text: called with (sequence, text) as text comes.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    check_counts(sampling, max_new_tokens, num_samples, prefill_chunk)
+    words = stop_strings(stop)
+    if not isinstance(model, LM):
+        tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+        model = load(model)
+    tokenizer = _tokenizer_of(model, tokenizer)
+    single = isinstance(prompts, str | bytes | Tensor | np.ndarray) or (bool(prompts) and isinstance(prompts[0], int))
+    rows = [encode(tokenizer, p, model.config.vocab_size) for p in ([prompts] if single else prompts)]
+    if not rows:
+        raise UserError("there is no prompt; give at least one")
+    training = model.training
+    model.eval()
+    try:
+        context = Context.start(model, rows, seeds_from(seed, len(rows)), max_new_tokens)
+        for _ in context.read(prefill_chunk):
+            pass
+        if num_samples > 1:
+            context = context.fork(num_samples, seeds_from(seed, len(rows) * num_samples))
+        generation = Generation(context, tokenizer, sampling, max_new_tokens=max_new_tokens, stop=words)
+        for i, piece in generation:
+            if on_text is not None:
+                on_text(i, piece)
+    finally:
+        model.train(training)
+    return generation.texts[0] if single and num_samples == 1 else generation.texts
+
+
+def encode(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> Tensor:
+    """A prompt's tokens, int32, all of them within the vocabulary."""
+    if isinstance(prompt, str | bytes):
+        if isinstance(tokenizer, ByteTokenizer) and isinstance(prompt, bytes):
+            tokens = torch.from_numpy(np.frombuffer(prompt, np.uint8).astype(np.int32))  # no list of 8 bytes an entry
+        else:
+            tokens = torch.tensor(tokenizer.encode(prompt), dtype=torch.int32)
+    else:
+        tokens = torch.as_tensor(prompt)
+        if tokens.dim() != 1 or (tokens.numel() and (tokens.is_floating_point() or tokens.dtype == torch.bool)):
+            raise UserError(f"a prompt of tokens is a vector of integers; got {tokens.dtype} {tuple(tokens.shape)}")
+        tokens = tokens.cpu()
+    if not tokens.numel():
+        raise UserError("the prompt is empty; give at least one token to go on from")
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if outside.any():
+        at = int(outside.int().argmax())
+        raise UserError(f"token {int(tokens[at])} at position {at} is outside the model's vocabulary of {vocab_size}")
+    return tokens.to(torch.int32)
+
+
+def check_counts(sampling: Sampling, max_new_tokens: int, num_samples: int, prefill_chunk: int) -> None:
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 0),
+        ("num_samples", num_samples, 1),
+        ("prefill_chunk", prefill_chunk, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+    if num_samples > 1 and sampling.greedy:
+        raise UserError(
+            f"num_samples {num_samples} at temperature 0 would give one text {num_samples} times; give a temperature"
+        )
+
+
+def _tokenizer_of(model: LM, tokenizer: Tokenizer | str | Path | None) -> Tokenizer:
+    if isinstance(tokenizer, str | Path):
+        return load_tokenizer(tokenizer)
+    if tokenizer is None:
+        if model.config.vocab_size != 256:
+            raise UserError(f"the model has a vocabulary of {model.config.vocab_size}; give its tokenizer")
+        return ByteTokenizer()
+    return tokenizer

@@ -1,0 +1,235 @@
+"""A model's state as a value: fork, rewind, select, replace, count, save and load it.
+
+Everything here reads the kinds of the fields (subquad.kernels.state) and never a layer's name, so it serves the state of
+a whole model, of one layer, or of anyone's layer that keeps the contract.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import subquad
+from subquad.errors import UserError
+from subquad.infer.output import write_atomically
+from subquad.kernels.state import leaves
+from subquad.models.checkpoint import fingerprint
+from subquad.models.lm import LM, LMState
+
+State = TypeVar("State")
+FORMAT = "subquad-state"
+SHARED_BY_MARK = ("append", "pool")  # rows past the count are never read, so going back needs only the count
+
+
+class Mark(NamedTuple):
+    """A point to go back to: copies of what later tokens overwrite, None for what they only add to."""
+
+    copies: tuple[Tensor | None, ...]
+
+
+def mark(state: Any) -> Mark:
+    """Remember `state`, to `rewind` to after trying some tokens. Caches that only grow are not copied."""
+    return Mark(tuple(None if kind in SHARED_BY_MARK else t.detach().clone() for _, kind, t in leaves(state)))
+
+
+@torch.no_grad()
+def rewind(state: State, to: Mark) -> State:
+    """Put `state` back to where `to` was taken, in place; a mark may be used any number of times."""
+    for (_, _, tensor), copy in zip(leaves(state), to.copies, strict=True):
+        if copy is not None:
+            tensor.copy_(copy)
+    return state
+
+
+def fork(state: State, n: int) -> State:
+    """Each sequence n times, copies next to each other: 0 0 0 1 1 1 for n = 3."""
+    return _rebuilt(state, lambda path, kind, t: _owned(path, kind, t).repeat_interleave(n, 0))
+
+
+def select(state: State, sequences: Sequence[int] | Tensor) -> State:
+    """A copy with these sequences in this order, which may repeat or leave out some."""
+    index = torch.as_tensor(sequences, dtype=torch.long)
+    return _rebuilt(state, lambda path, kind, t: _owned(path, kind, t).index_select(0, index.to(t.device)))
+
+
+def concatenate(states: Sequence[State]) -> State:
+    """The sequences of several states in one; caches take the length of the longest."""
+    columns = zip(*(leaves(state) for state in states), strict=True)
+
+    def joined() -> Iterator[Tensor]:
+        for column in columns:
+            path, kind, _ = column[0]
+            tensors = [_owned(path, kind, t) for _, _, t in column]
+            if kind == "append":
+                longest = max(t.shape[1] for t in tensors)
+                tensors = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, longest - t.shape[1])) for t in tensors]
+            yield torch.cat(tensors)
+
+    return _refilled(states[0], joined())
+
+
+@torch.no_grad()
+def put(state: State, slots: int | Sequence[int], other: State) -> State:
+    """Write the sequences of `other` into these slots of `state`, in place: addresses stay as they are."""
+    rows = torch.tensor([slots] if isinstance(slots, int) else list(slots))
+    for (path, kind, target), (_, _, source) in zip(leaves(state), leaves(other), strict=True):
+        _owned(path, kind, target)
+        if kind == "append" and source.shape[1] <= target.shape[1]:
+            target = target[:, : source.shape[1]]
+        if source.shape[1:] != target.shape[1:]:
+            raise UserError(f"put: {path} is {tuple(source.shape[1:])} a sequence, its slot {tuple(target.shape[1:])}")
+        target[rows.to(target.device)] = source.to(target)
+    return state
+
+
+def reset(state: State, slots: int | Sequence[int], model: Any) -> State:
+    """Empty these slots, in place: they become what `model.init_state` gives (running maxima do not start at zero)."""
+    n = 1 if isinstance(slots, int) else len(slots)
+    return put(state, slots, model.init_state(n, capacity(state)))
+
+
+def detach(state: State) -> State:
+    """The same values without their history, as truncated backpropagation carries them on."""
+    return _rebuilt(state, lambda path, kind, t: t.detach())
+
+
+def nbytes(state: Any) -> int:
+    """Bytes of the state's tensors as they are allocated."""
+    return sum(t.numel() * t.element_size() for _, _, t in leaves(state))
+
+
+def capacity(state: Any) -> int:
+    """The tokens that fit the state's caches; 1 where nothing is allocated by length."""
+    return max((t.shape[1] for _, kind, t in leaves(state) if kind in ("append", "ring")), default=1)
+
+
+def save_state(
+    path: str | Path, model: LM, state: LMState, *, extra: Mapping[str, Tensor] | None = None, overwrite: bool = False
+) -> None:
+    """Write the state of `model` and some `extra` tensors to a safetensors file that only this model will load.
+
+    Of caches only what is filled is written. The file appears whole or not at all.
+    """
+    filled = _filled(state)
+    tensors = {f"extra.{name}": t for name, t in (extra or {}).items()}
+    for name, kind, t in leaves(state):
+        kept = t[:, : filled.get(_owner(name), t.shape[1])] if kind == "append" else t
+        tensors[f"state.{name}"] = _as_real(kept)
+    # A clone where the tensor is a view: safetensors refuses tensors that share memory.
+    tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    about = {
+        "format": FORMAT,
+        "version": subquad.__version__,
+        "fingerprint": fingerprint(model),
+        "dtype": _dtype_name(model),
+        "sequences": str(_batch(state)),
+    }
+    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=about), overwrite=overwrite)
+
+
+def load_state(
+    path: str | Path, model: LM, *, room: Callable[[dict[str, Tensor]], int] = lambda extra: 0
+) -> tuple[LMState, dict[str, Tensor]]:
+    """The state and the extra tensors of a file written by `save_state` for this model.
+
+    `room`: given the extra tensors, how many more tokens the caches must take than the file holds.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no state file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            _check_origin(path, about, model)
+            names = set(file.keys())
+            extra = {n.removeprefix("extra."): file.get_tensor(n).clone() for n in names if n.startswith("extra.")}
+            read = {name: file.get_slice(name).get_shape() for name in names if name.startswith("state.")}
+            state = _room_for(model, int(about["sequences"]), read, room(extra))
+            with torch.no_grad():
+                for name, kind, target in leaves(state):
+                    source = _tensor(file, path, f"state.{name}", names)
+                    target = _as_real(target)
+                    if kind == "append":
+                        target = target[:, : source.shape[1]]
+                    if target.shape != source.shape:
+                        found, wanted = tuple(source.shape), tuple(target.shape)
+                        raise UserError(f"{path} does not fit the model: {name} is {found}, the model has {wanted}")
+                    target.copy_(source)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path} is damaged or no state file: {' '.join(str(error).split())}") from error
+    return state, extra
+
+
+def _room_for(model: LM, sequences: int, shapes: Mapping[str, Sequence[int]], room: int) -> LMState:
+    """An empty state whose caches take what the file's do and `room` tokens more."""
+    kinds = {f"state.{name}": kind for name, kind, _ in leaves(model.init_state(1, 1))}
+    filled = max((shape[1] for name, shape in shapes.items() if kinds.get(name) in ("append", "ring")), default=0)
+    return model.init_state(sequences, max(filled + room, 1))
+
+
+def _tensor(file: Any, path: Path, name: str, names: set[str]) -> Tensor:
+    if name not in names:
+        raise UserError(f"{path} does not fit the model: tensor {name!r} is missing")
+    return file.get_tensor(name)
+
+
+def _check_origin(path: Path, about: Mapping[str, str], model: LM) -> None:
+    if about.get("format") != FORMAT:
+        raise UserError(f"{path} is no state file of subquad")
+    if about["dtype"] != _dtype_name(model):
+        raise UserError(
+            f"{path} was saved by a model in {about['dtype']}, this one is in {_dtype_name(model)}; use --dtype"
+        )
+    mine = fingerprint(model)
+    if about["fingerprint"] != mine:
+        raise UserError(
+            f"{path} belongs to another model: it was saved by {about['fingerprint'][:12]}, this is {mine[:12]}"
+        )
+
+
+def _dtype_name(model: LM) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _batch(state: Any) -> int:
+    sizes = [t.shape[0] for _, _, t in leaves(state)]
+    return sizes[0] if sizes else 1
+
+
+def _owner(path: str) -> str:
+    """The NamedTuple a leaf belongs to, whose count tells how much of its caches is filled."""
+    return path.rpartition(".")[0]
+
+
+def _filled(state: Any) -> dict[str, int]:
+    return {_owner(name): int(t.max()) for name, kind, t in leaves(state) if kind == "count" and t.numel()}
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of reals, which safetensors can hold in any precision."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _owned(path: str, kind: str, tensor: Tensor) -> Tensor:
+    """The tensor, if its first dimension is the sequences."""
+    if kind == "pool":
+        raise TypeError(f"{path} is a pool of pages that sequences share; it has no rows of its own to move")
+    return tensor
+
+
+def _rebuilt(state: State, change: Callable[[str, str, Tensor], Tensor]) -> State:
+    return _refilled(state, (change(path, kind, t) for path, kind, t in leaves(state)))
+
+
+def _refilled(state: Any, tensors: Iterator[Tensor]) -> Any:
+    """A state of the same structure from tensors in the order of `leaves`."""
+    if isinstance(state, Tensor):
+        return next(tensors)
+    if hasattr(state, "_fields"):
+        return type(state)(*(_refilled(item, tensors) for item in state))
+    return tuple(_refilled(item, tensors) for item in state) if isinstance(state, tuple) else state
