@@ -1,6 +1,7 @@
 """Softmax attention over a declared pattern, with a cache that is written in place."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ def _check(q, k, causal, window, n_sinks, state) -> None:
 def _naive(q, k, v, pattern, sink_logits, state, cu_seqlens):
     bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     rows = range(q.shape[0]) if cu_seqlens is None else [0] * (len(bounds) - 1)
-    spans = [(0, q.shape[1])] * q.shape[0] if cu_seqlens is None else list(zip(bounds[:-1], bounds[1:], strict=True))
+    spans = [(0, q.shape[1])] * q.shape[0] if cu_seqlens is None else list(pairwise(bounds))
     outs, keys, values = [], [], []
     for n, (row, (start, end)) in enumerate(zip(rows, spans, strict=True)):
         q_n, k_n, v_n = (x[row, start:end] for x in (q, k, v))
@@ -150,7 +151,8 @@ def _blockwise(q, k, v, pattern, sink_logits, state, cu_seqlens):
         return _fresh(q, k, v, pattern, sink_logits, cu_seqlens)
     if cu_seqlens is None:
         return _continued(q, k, v, pattern, sink_logits, state, None)
-    # Packed rows with caches: one padded row a sequence. On a CPU the longest length is read, elsewhere its bound serves.
+    # Packed rows with caches: one padded row a sequence. On a CPU the longest length is read, elsewhere its bound
+    # serves.
     lengths = cu_seqlens.diff().long()
     on_host = q.device.type == "cpu" and not torch.compiler.is_compiling()
     longest = int(lengths.max()) if on_host else q.shape[1]
@@ -197,11 +199,7 @@ def _each_sequence(q, k, v, pattern, sink_logits, cu_seqlens):
         ids = torch.where(valid, ids, -1)[None]
         return mask_padding(_masked_blocks(q, k, v, at, at, pattern, sink_logits, ids), cu_seqlens)
     bounds = cu_seqlens.tolist()
-    outs = [
-        _fresh(q[:, a:b], k[:, a:b], v[:, a:b], pattern, sink_logits, None)
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-        if b > a
-    ]
+    outs = [_fresh(q[:, a:b], k[:, a:b], v[:, a:b], pattern, sink_logits, None) for a, b in pairwise(bounds) if b > a]
     outs.append(q.new_zeros(1, q.shape[1] - bounds[-1], q.shape[2], v.shape[3]))
     return torch.cat(outs, 1)
 

@@ -7,8 +7,8 @@ from torch import Tensor
 class Decay:
     """A log decay g, cumulated within each chunk.
 
-    Sums run in float64: a float32 cumulative sum over gates that mix -0.01 and -1e4 is off by 4e-4. Every exponential is
-    of a difference whose reference lies at or before the query, so none exceeds one.
+    Sums run in float64: a float32 cumulative sum over gates that mix -0.01 and -1e4 is off by 4e-4. Every exponential
+    is of a difference whose reference lies at or before the query, so none exceeds one.
     """
 
     def __init__(self, g: Tensor, exclusive: bool, dtype: torch.dtype):

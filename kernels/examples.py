@@ -139,7 +139,7 @@ def run(example: Example, form: str, seed: int = 0) -> dict[str, Tensor]:
 
 
 def differences(example: Example, form: str) -> dict[str, float]:
-    """||form - naive|| / ||naive|| by name for what `run` returns, the naive form in float64; NaN where either has one."""
+    """||form - naive|| / ||naive|| of all that `run` returns, the naive form in float64; NaN if either has one."""
     ours, reference = run(example, form), run(example.to(torch.float64), "naive")
     return {name: relative_error(ours[name], reference[name]) for name in reference}
 

@@ -89,9 +89,9 @@ def advance(count: Int[Tensor, "N"], time: int, cu_seqlens: Int[Tensor, "M"] | N
 class Prefixed:
     """Rows with the last `width` inputs of each sequence put in front of its new ones.
 
-    One buffer serves a batch ([B, width + T, D]) and packed rows ([1, total + N * width, D]), so a causal filter needs no
-    case of its own for sequence starts: it runs over the buffer, `new` picks the rows of new tokens from its output, and
-    `last` the rows to carry on.
+    One buffer serves a batch ([B, width + T, D]) and packed rows ([1, total + N * width, D]), so a causal filter needs
+    no case of its own for sequence starts: it runs over the buffer, `new` picks the rows of new tokens from its
+    output, and `last` the rows to carry on.
     """
 
     def __init__(self, time: int, width: int, cu_seqlens: Tensor | None):
@@ -129,8 +129,8 @@ class Prefixed:
 class Chunks:
     """Sequences cut into chunks of `size` tokens, none of which spans two sequences; short ones are filled with zeros.
 
-    A batch [B, T, ...] becomes [B, n, size, ...]; a packed row [1, total, ...] becomes [1, total // size + N, size, ...],
-    whose chunks belong to one sequence after the other (the last ones to none).
+    A batch [B, T, ...] becomes [B, n, size, ...]; a packed row [1, total, ...] becomes [1, total // size + N, size,
+    ...], whose chunks belong to one sequence after the other (the last ones to none).
     """
 
     def __init__(self, x: Tensor, size: int, cu_seqlens: Tensor | None):

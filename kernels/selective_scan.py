@@ -1,4 +1,5 @@
-"""Mamba's selective scan: a diagonal recurrence whose transition the input sets, never materialised over all of time."""
+"""Mamba's selective scan: a diagonal recurrence whose transition the input sets, never materialised over all of
+time."""
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +27,8 @@ def selective_scan(
 
     dt: step sizes >= 0. A: [D, N], negative. B, C: [B, T, N], shared by all channels. state: h [sequences, D, N].
     Returns (y in x's dtype, the new state or None). Accumulates in float32 or wider.
-    Cost: O(T D N) with O(D N) memory a block of time (recomputed backward); D N values of state. Second derivatives raise.
+    Cost: O(T D N) with O(D N) memory a block of time (recomputed backward); D N values of state. Second derivatives
+        raise.
     """
     check_packed(x, cu_seqlens)
     form = pick("selective_scan", _FORMS, x)

@@ -23,7 +23,8 @@ def short_conv(
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N P D"] | None]:
     """y_t = act(bias + sum_w weight[:, w] * x_{t - (W-1) + w}), with zeros before the first token.
 
-    activation: None or "silu". state: the last W-1 inputs, [N, W-1, D]. Returns (y in x's dtype, the new state or None).
+    activation: None or "silu". state: the last W-1 inputs, [N, W-1, D]. Returns (y in x's dtype, the new state or
+        None).
     Cost: O(T D W); D (W-1) values of state.
     """
     check_packed(x, cu_seqlens)

@@ -9,6 +9,7 @@ A state is a NamedTuple of tensors, sequences first, each field annotated with i
 Whatever forks, rewinds, counts or saves states reads the kinds and never a layer's name.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypeAlias, get_args, get_type_hints
 
 import torch
@@ -92,3 +93,17 @@ def leaves(state: Any) -> list[tuple[str, str, Tensor]]:
 
     walk(state, "")
     return found
+
+
+def map_leaves(state: Any, change: Callable[[str, str, Tensor], Tensor]) -> Any:
+    """The same state with each tensor replaced by change(path, kind, tensor)."""
+    new = iter([change(*leaf) for leaf in leaves(state)])
+
+    def rebuild(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return next(new)
+        if hasattr(value, "_fields"):
+            return type(value)(*(rebuild(item) for item in value))
+        return tuple(rebuild(item) for item in value) if isinstance(value, tuple) else value
+
+    return rebuild(state)

@@ -1,7 +1,9 @@
-"""What every op does around its forms: full precision under autocast, packed rows for a plain loop, decays in one shape."""
+"""What every op does around its forms: full precision under autocast, packed rows for a plain loop, decays in one
+shape."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def by_sequence(
     """
     bounds = cu_seqlens.tolist()
     outs, lasts = [], []
-    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         rows = [None if x is None else x[:, start:end] for x in inputs]
         out, *last = form(*rows, *(s[n : n + 1] for s in states))
         outs.append(out)

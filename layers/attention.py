@@ -18,6 +18,7 @@ from subquad.layers.base import (
     residual_linear,
     state_dtype,
 )
+from subquad.layers.norms import RMSNorm
 from subquad.layers.rotary import rotary_angles, rotate
 
 
@@ -31,11 +32,12 @@ class Attention(Layer):
 
     Arguments
         n_heads: H; by default heads of width 64. head_dim: K; d_model / n_heads by default.
-        n_kv_heads: G key/value heads, dividing H: H is multi-head (the default), 1 multi-query, between them grouped-query.
+        n_kv_heads: G key/value heads, dividing H: H is multi-head (the default), 1 multi-query, between them
+            grouped-query.
         causal: False reads the whole sequence (no decoding then).
         window: read the last `window` tokens only, the current one included.
-        n_sinks: keep the first n_sinks tokens visible whatever the window (Xiao et al. 2023, arXiv:2309.17453); they keep
-            their own rotary positions.
+        n_sinks: keep the first n_sinks tokens visible whatever the window (Xiao et al. 2023, arXiv:2309.17453); they
+            keep their own rotary positions.
         sink_logits: learn one extra softmax column a head whose weight is dropped (gpt-oss).
         rope_theta: base of the rotary embedding, None for none. rope_fraction: the share of K that is rotated.
         qk_norm: RMSNorm on every head of q and k. bias: on q, k, v. out_bias: on the output.
@@ -90,8 +92,8 @@ class Attention(Layer):
         self.k_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.o_proj = residual_linear(n_heads * self.head_dim, d_model, bias=out_bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.sink_logits = no_weight_decay(nn.Parameter(torch.zeros(n_heads))) if sink_logits else None
 
     def forward(

@@ -42,7 +42,8 @@ class SoftmaxFeatures(FeatureMap):
 
 
 class TaylorFeatures(FeatureMap):
-    """phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(d), the second-order series of exp (Arora et al. 2024)."""
+    """phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(d), the second-order series of exp (Arora et al.
+    2024)."""
 
     def __init__(self, d: int):
         super().__init__(d)

@@ -23,7 +23,7 @@ from subquad.layers.base import (
     silu_gated,
     state_dtype,
 )
-from subquad.layers.norms import l2_normalize
+from subquad.layers.norms import RMSNorm, l2_normalize
 
 
 class GatedDeltaNetState(NamedTuple):
@@ -45,8 +45,8 @@ class GatedDeltaNet(Layer):
         n_heads: H heads of v and of the state; head_dim: K, by default 64 or what of it divides d_model.
         n_key_heads: G heads of q and k, dividing H; by default H. expand_v: V / K.
         d_conv: W, width of the convolution. conv_bias: on it.
-        negative_eigenvalues: beta in (0, 2), so that the state can also flip sign (Grazzi et al. 2024, arXiv:2411.12537).
-        A_range, dt_min, dt_max: ranges of the initial decay rates and step sizes.
+        negative_eigenvalues: beta in (0, 2), so that the state can also flip sign (Grazzi et al. 2024,
+        arXiv:2411.12537). A_range, dt_min, dt_max: ranges of the initial decay rates and step sizes.
     """
 
     card = Card(
@@ -88,7 +88,7 @@ class GatedDeltaNet(Layer):
         self.z_proj = nn.Linear(d_model, n_heads * self.V, bias=False)
         self.A_log = no_weight_decay(nn.Parameter(torch.empty(n_heads).uniform_(*A_range).log()))
         self.dt_bias = no_weight_decay(nn.Parameter(dt_bias(n_heads, dt_min, dt_max)))
-        self.norm = nn.RMSNorm(self.V, eps=norm_eps)
+        self.norm = RMSNorm(self.V, eps=norm_eps)
         self.o_proj = residual_linear(n_heads * self.V, d_model)
 
     def forward(

@@ -23,7 +23,7 @@ from subquad.layers.base import (
     silu_gated,
     state_dtype,
 )
-from subquad.layers.norms import GroupedRMSNorm
+from subquad.layers.norms import RMSNorm
 
 
 class Mamba2State(NamedTuple):
@@ -42,8 +42,8 @@ class Mamba2(Layer):
 
     Arguments
         d_state: N. expand: D' / D. head_dim: width of a head, 64 where it divides D'. n_groups: G, groups of heads that
-        share B and C. d_conv: W, width of the convolution. A_range, dt_min, dt_max: ranges of the initial decay rates and
-        step sizes. dt_limit: clamp of the step size. bias: on in_proj and out_proj; conv_bias: on the convolution.
+        share B and C. d_conv: W, width of the convolution. A_range, dt_min, dt_max: ranges of the initial decay rates
+        and step sizes. dt_limit: clamp of the step size. bias: on in_proj and out_proj; conv_bias: on the convolution.
     """
 
     card = Card(
@@ -80,7 +80,7 @@ class Mamba2(Layer):
         self.A_log = no_weight_decay(nn.Parameter(torch.empty(self.n_heads).uniform_(*A_range).log()))
         self.dt_bias = no_weight_decay(nn.Parameter(dt_bias(self.n_heads, dt_min, dt_max)))
         self.skip = no_weight_decay(nn.Parameter(torch.ones(self.n_heads)))
-        self.norm = GroupedRMSNorm(inner, n_groups, eps=norm_eps)
+        self.norm = RMSNorm(inner, n_groups, eps=norm_eps)
         self.out_proj = residual_linear(inner, d_model, bias=bias)
 
     def forward(

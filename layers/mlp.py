@@ -34,8 +34,8 @@ class MLP(FeedForward):
 
     Cost: train and decode O(D F) a token, no state.
 
-    Arguments: expand or d_ff (F = expand * d_model, rounded up to a multiple of 8); activation: "gelu", "relu", "silu" or
-    "relu2" (its square, So et al. 2021); bias.
+    Arguments: expand or d_ff (F = expand * d_model, rounded up to a multiple of 8); activation: "gelu", "relu", "silu"
+    or "relu2" (its square, So et al. 2021); bias.
     """
 
     card = Card("Vaswani et al. 2017, arXiv:1706.03762", "-", "O(T D F)", "O(D F)", "0")

@@ -15,7 +15,8 @@ from subquad.layers.mlp import FeedForward, SwiGLU, hidden_width
 
 
 class MoE(FeedForward):
-    """A mixture of SwiGLU experts, dropless (Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024, arXiv:2401.04088).
+    """A mixture of SwiGLU experts, dropless (Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024,
+    arXiv:2401.04088).
 
     p = softmax(router(x)) in float32;  y = sum over the top_k of p_e expert_e(x)  + shared experts(x)
 
@@ -27,8 +28,9 @@ class MoE(FeedForward):
         balance_loss: weight of the load-balance loss n_experts * sum_e f_e P_e (Fedus et al. 2021, arXiv:2101.03961; 1
             at perfect balance), where f_e is the share of the assignments and P_e the mean router probability.
 
-    With a `shared` dict the layer adds "loss/balance.<layer>" (weighted, a scalar), "log/router_entropy.<layer>" (nats) and
-    "log/router_load_max.<layer>" (the busiest expert's share times n_experts). Rows of padding count in none of them.
+    With a `shared` dict the layer adds "loss/balance.<layer>" (weighted, a scalar), "log/router_entropy.<layer>"
+    (nats) and "log/router_load_max.<layer>" (the busiest expert's share times n_experts). Rows of padding count in
+    none of them.
     """
 
     card = Card("Shazeer et al. 2017, arXiv:1701.06538", "grouped_mlp", "O(T D F k)", "O(D F k)", "0")

@@ -1,21 +1,24 @@
-"""Norms that layers need besides torch's."""
+"""Norms, computed in at least float32 whatever surrounds them."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.kernels.state import accumulator_dtype
 
-class GroupedRMSNorm(nn.RMSNorm):
-    """RMSNorm over each of `n_groups` equal parts of the width, with one weight a feature."""
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean x^2 + eps) * weight over the last dimension, or over each of `n_groups` equal parts of it."""
 
     def __init__(self, width: int, n_groups: int = 1, *, eps: float = 1e-5):
         super().__init__(width, eps=eps)
         self.n_groups = n_groups
 
     def forward(self, x: Tensor) -> Tensor:
+        wide = accumulator_dtype(x.dtype)
         if self.n_groups == 1:
-            return super().forward(x)
-        parts = x.unflatten(-1, (self.n_groups, -1))
-        return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype)
+            return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x.dtype)
+        parts = x.to(wide).unflatten(-1, (self.n_groups, -1))
+        return (F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(wide)).to(x.dtype)
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:

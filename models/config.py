@@ -26,8 +26,8 @@ class LMConfig:
     """What an LM is made of.
 
     d_model: width D of the residual stream.
-    blocks: a list of stages {repeat: n, pattern: [block, ...]}; a block is {mixer: {name: ..., **arguments}, ffn: {...}},
-        either of which may be left out. A name is a class of subquad.layers or a dotted path to anyone's class.
+    blocks: a list of stages {repeat: n, pattern: [block, ...]}; a block is {mixer: {name: ..., **arguments}, ffn:
+        {...}}, either of which may be left out. A name is a class of subquad.layers or a dotted path to anyone's class.
     vocab_size: V; 256 for bytes.
     tie_embeddings: the head uses the embedding's weights.
     norm_eps: of the RMSNorms.

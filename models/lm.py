@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from subquad.errors import UserError
+from subquad.layers.norms import RMSNorm
 from subquad.models.config import LMConfig, build_layer
 
 
@@ -33,8 +34,8 @@ class Block(nn.Module):
     def __init__(self, mixer: nn.Module | None, ffn: nn.Module | None, d_model: int, norm_eps: float):
         super().__init__()
         self.mixer, self.ffn = mixer, ffn
-        self.mixer_norm = nn.RMSNorm(d_model, eps=norm_eps) if mixer is not None else None
-        self.ffn_norm = nn.RMSNorm(d_model, eps=norm_eps) if ffn is not None else None
+        self.mixer_norm = RMSNorm(d_model, eps=norm_eps) if mixer is not None else None
+        self.ffn_norm = RMSNorm(d_model, eps=norm_eps) if ffn is not None else None
         self.takes_shared = {
             part: layer is not None and "shared" in inspect.signature(layer.forward).parameters
             for part, layer in (("mixer", mixer), ("ffn", ffn))
@@ -71,8 +72,8 @@ class LM(nn.Module):
         logits, state = model(tokens, state=None, cu_seqlens=None, logits="all" | "last")
 
     tokens: int [B, T], or [1, total] packed with cu_seqlens [N+1]. logits: [B, T, V]; "last" gives [N, V], one row a
-    sequence (the zero vector's logits for an empty one). `state=None` is a sequence from position 0 and None comes back;
-    a state from `init_state` continues sequences for any number of tokens and is donated.
+    sequence (the zero vector's logits for an empty one). `state=None` is a sequence from position 0 and None comes
+    back; a state from `init_state` continues sequences for any number of tokens and is donated.
     """
 
     def __init__(self, config: LMConfig):
@@ -90,7 +91,7 @@ class LM(nn.Module):
             ]
             blocks.append(Block(parts[0], parts[1], d, config.norm_eps))
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.norm = RMSNorm(d, eps=config.norm_eps)
         self.head = nn.Linear(d, config.vocab_size, bias=False)
         self.tie_weights()
         self.checkpoint_activations = False  # recompute each block in the backward pass
@@ -111,8 +112,8 @@ class LM(nn.Module):
     def reset_parameters(self) -> None:
         """Normal weights of one small scale, those into the residual stream divided by sqrt(2 n_layers) (GPT-2).
 
-        What a layer's paper initialises otherwise (A_log, dt, convolutions, norms) keeps the layer's own values. A module
-        whose weights are no Linear's takes part through a method `init_weights(std, depth_scale)`.
+        What a layer's paper initialises otherwise (A_log, dt, convolutions, norms) keeps the layer's own values. A
+        module whose weights are no Linear's takes part through a method `init_weights(std, depth_scale)`.
         """
         std = self.config.init_std or sqrt(2 / (5 * self.config.d_model))
         depth_scale = 1 / sqrt(2 * len(self.blocks))
