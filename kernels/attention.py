@@ -1,6 +1,5 @@
 """Softmax attention over a declared pattern, with a cache that is written in place."""
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -291,4 +290,4 @@ def _sdpa(q, k, v, mask, *, is_causal=False, sink_logits=None):
     return o.transpose(1, 2)
 
 
-_FORMS: dict[str, Callable] = dict(register("attention", naive=_naive, torch=_blockwise))
+_FORMS = register("attention", naive=_naive, torch=_blockwise)

@@ -168,6 +168,8 @@ class Chunks:
             if missing:
                 x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
             return x.unflatten(1, (self.count, self.size))
+        if not self.time:
+            return x.new_zeros(1, self.count, self.size, *x.shape[2:])
         rows = x[0].index_select(0, self.token).unflatten(0, (self.count, self.size))
         return torch.where(self.filled.view(*self.filled.shape, *[1] * (x.dim() - 2)), rows, 0).unsqueeze(0)
 
