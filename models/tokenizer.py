@@ -3,13 +3,14 @@
 from codecs import getincrementaldecoder
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from subquad.errors import UserError
 
 HF_FILE = "tokenizer.json"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     kind: str  # what config.json records: "bytes" or "huggingface"
     vocab_size: int

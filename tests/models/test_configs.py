@@ -1,0 +1,35 @@
+"""Every shipped configuration builds, learns and generates; every layer has one."""
+
+import pytest
+import torch
+
+import subquad
+from subquad import configs
+from subquad.layers import available
+from subquad.models.config import LMConfig
+from subquad.models.lm import LM, cross_entropy
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_config_learns_and_generates(name):
+    torch.manual_seed(0)
+    model = LM.from_config(configs.folder() / f"{name}.yaml")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    text = torch.tensor([list(b"the quick brown fox jumps over the lazy dog. " * 2)])
+    losses = []
+    for _ in range(6):
+        loss = cross_entropy(model(text[:, :-1])[0], text[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert isinstance(subquad.generate(model.eval(), "the ", max_new_tokens=3), str)
+
+
+def test_every_layer_has_a_config():
+    named = set()
+    for name in configs.names():
+        for _, block in LMConfig.from_file(configs.folder() / f"{name}.yaml").flat_blocks():
+            named |= {spec if isinstance(spec, str) else spec["name"] for spec in block.values()}
+    assert set(available()) <= named
