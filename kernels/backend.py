@@ -7,7 +7,6 @@ from the device of the inputs; `with backend("torch"):` forces one, and a forced
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from subquad.errors import UserError, nearest
 
 BACKENDS = ("naive", "torch", "triton")
-_forced: ContextVar[str | None] = ContextVar("subquad_backend", default=None)
+_forced: str | None = None  # of the whole process: torch.compile reads module variables, but no context variables
 OPS: dict[str, tuple[str, ...]] = {}  # op -> its forms, filled as the ops are defined
 
 
@@ -24,16 +23,17 @@ def backend(name: str) -> Iterator[None]:
     """Force one form of every op inside the `with` block: "naive", "torch" or "triton"."""
     if name not in BACKENDS:
         raise UserError(f"there is no backend {name!r}; {nearest(name, BACKENDS)}")
-    token = _forced.set(name)
+    global _forced
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def current_backend(device_type: str) -> str:
     """The form that ops on this kind of device take now, where they have it."""
-    return _forced.get() or "torch"
+    return _forced or "torch"
 
 
 def register(op: str, **forms: Callable[..., Any]) -> Mapping[str, Callable[..., Any]]:
