@@ -16,14 +16,12 @@ def main(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="infer",
-        description="Continue text with a trained model. The text goes to stdout as it comes, everything else to stderr.",
+        description="Continue text with a trained model. The text goes to stdout as it comes, all else to stderr.",
         epilog="Ctrl-C stops between two tokens, keeps the text and saves the state where --save-state asks for it.",
     )
     p.add_argument("--model", required=True, metavar="DIR", help="folder of a model saved by subquad")
     p.add_argument("--prompt", metavar="TEXT", help="text to continue")
-    p.add_argument(
-        "--prompt-file", metavar="F", help="file with the text; without --prompt and --prompt-file, stdin is read"
-    )
+    p.add_argument("--prompt-file", metavar="F", help="file with the text; with neither, stdin is read")
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the most tokens to generate (256)")
 
     sampling = p.add_argument_group("sampling")
@@ -31,13 +29,11 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     sampling.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set of probability P")
     sampling.add_argument("--min-p", type=float, metavar="P", help="leave out tokens below P times the likeliest one")
-    sampling.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="above 1, repeated tokens are less likely"
-    )
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1, repeats are less likely")
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be given again)")
     sampling.add_argument("--seed", type=int, help="the same seed gives the same text")
     sampling.add_argument(
-        "--num-samples", type=int, default=1, metavar="N", help="N texts from one reading of the prompt"
+        "--num-samples", type=int, default=1, metavar="N", help="texts from one reading of the prompt"
     )
 
     state = p.add_argument_group("state")

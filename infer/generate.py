@@ -16,7 +16,7 @@ from subquad.errors import UserError
 from subquad.infer.sampling import Sampling, generator, seeds_from
 from subquad.infer.state import concatenate, fork, load_state, save_state, select
 from subquad.infer.text import TextStream, stop_strings
-from subquad.kernels.packing import cu_seqlens_of
+from subquad.kernels.packing import cu_seqlens_of, sequence_ids
 from subquad.models.checkpoint import load
 from subquad.models.lm import LM, LMState
 from subquad.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -38,7 +38,7 @@ class Context:
     state: LMState  # of the live sequences, in order
     unread: list[Tensor]  # int32, at least one token each
     lengths: list[int]  # tokens read
-    seen: Tensor  # bool [N, V], the tokens that occurred
+    seen: Tensor  # bool [N, V], the tokens read
     generators: list[torch.Generator]
     finished: list[bool]
     live: list[int] = field(init=False)
@@ -53,36 +53,36 @@ class Context:
         n, device = len(prompts), model.embedding.weight.device
         state = model.init_state(n, max(len(p) for p in prompts) + max_new_tokens)
         seen = torch.zeros(n, model.config.vocab_size, dtype=torch.bool, device=device)
-        context = cls(model, state, [p[:0] for p in prompts], [0] * n, seen, [generator(s) for s in seeds], [False] * n)
-        context.extend(prompts)
-        return context
+        return cls(model, state, list(prompts), [0] * n, seen, [generator(s) for s in seeds], [False] * n)
 
-    def extend(self, prompts: list[Tensor]) -> None:
-        """More text to read; a sequence that had ended goes on."""
-        for i, prompt in enumerate(prompts):
-            self.unread[i] = torch.cat([self.unread[i], prompt])
-            self.seen[i, prompt.long().unique().to(self.seen.device)] = True
-            self.finished[i] = False
+    def extend(self, more: Tensor) -> None:
+        """More text for every sequence to read; one that had ended goes on."""
+        self.unread = [torch.cat([u, more]) for u in self.unread]
+        self.finished = [False] * len(self.unread)
 
     def read(self, chunk: int = PREFILL_CHUNK) -> Iterator[int]:
         """Read all but the last unread token of each sequence, at most `chunk` tokens a call; yields how many it read.
 
-        The sequences lie packed in one row that is cut every `chunk` tokens, wherever one ends.
+        The sequences are read one after the other, the end of one packed in a row with the start of the next.
         """
-        row = torch.cat([u[:-1] for u in self.unread])
-        boundaries = cu_seqlens_of(torch.tensor([len(u) - 1 for u in self.unread]))
-        for start in range(0, len(row), chunk):
-            tokens = row[start : start + chunk]
-            here = (boundaries - start).clamp(0, len(tokens))
-            packed = here.to(self.seen.device) if len(self.unread) > 1 else None
-            self._forward(tokens[None], packed)
-            for i, count in enumerate(here.diff().tolist()):
+        while any(len(u) > 1 for u in self.unread):
+            left, counts = chunk, []
+            for u in self.unread:
+                counts.append(min(len(u) - 1, left))
+                left -= counts[-1]
+            row = torch.cat([u[:count] for u, count in zip(self.unread, counts, strict=True)])
+            tokens, boundaries = self._on_device(row), cu_seqlens_of(torch.tensor(counts, device=self.seen.device))
+            self._forward(tokens[None], boundaries if len(counts) > 1 else None)
+            self.seen[sequence_ids(len(tokens), boundaries)[0], tokens] = True
+            for i, count in enumerate(counts):
                 self._advance(i, count)
-            yield len(tokens)
+            yield len(row)
 
     def step(self) -> Tensor:
         """Read the one unread token of each live sequence; gives the scores of the next, [live, V]."""
-        scores = self._forward(torch.stack([self.unread[i] for i in self.live]))
+        tokens = self._on_device(torch.stack([self.unread[i] for i in self.live]))
+        scores = self._forward(tokens)
+        self.seen[torch.tensor(self.live, device=tokens.device), tokens[:, 0]] = True
         for i in self.live:
             self._advance(i, 1)
         return scores
@@ -149,14 +149,16 @@ class Context:
         seen = extra["seen"].to(model.embedding.weight.device)
         context = cls(model, state, unread, extra["lengths"].tolist(), seen, generators, extra["finished"].tolist())
         if more is not None:
-            context.extend([more] * len(unread))
+            context.extend(more)
         return context
 
     @torch.no_grad()
     def _forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        tokens = tokens.to(self.seen.device, torch.long)
         scores, self.state = self.model(tokens, self.state, cu_seqlens, logits="last")
         return scores
+
+    def _on_device(self, tokens: Tensor) -> Tensor:
+        return tokens.to(self.seen.device, torch.long)
 
     def _advance(self, i: int, count: int) -> None:
         self.unread[i] = self.unread[i][count:]
@@ -175,9 +177,7 @@ def decode(
         if not context.live:
             return
         scores = context.step()
-        rows = torch.tensor(context.live, device=scores.device)
-        tokens = sampling.pick(scores, context.seen[rows], [context.generators[i] for i in context.live])
-        context.seen[rows, tokens] = True
+        tokens = sampling.pick(scores, context.seen[context.live], [context.generators[i] for i in context.live])
         found = dict(zip(context.live, tokens.tolist(), strict=True))
         for i, token in found.items():
             context.unread[i] = torch.tensor([token], dtype=torch.int32)
@@ -309,9 +309,8 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> Tensor:
         tokens = tokens.cpu()
     if not tokens.numel():
         raise UserError("the prompt is empty; give at least one token to go on from")
-    outside = (tokens < 0) | (tokens >= vocab_size)
-    if outside.any():
-        at = int(outside.int().argmax())
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        at = int(((tokens < 0) | (tokens >= vocab_size)).int().argmax())
         raise UserError(f"token {int(tokens[at])} at position {at} is outside the model's vocabulary of {vocab_size}")
     return tokens.to(torch.int32)
 

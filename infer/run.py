@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
                 if interrupted():
                     break
         stats |= speed("prefill", n_unread - sum(len(u) for u in context.unread), perf_counter() - began)
-        if options.num_samples > 1:
+        if options.num_samples > 1 and not interrupted():
             context = context.fork(options.num_samples, seeds)
         generation = Generation(
             context,

@@ -19,7 +19,7 @@ class Sampling:
     temperature: 0 takes the most likely token (greedy); above it, a token is drawn.
     top_k, top_p, min_p: draw only from the k likeliest tokens, the smallest set of probability p, those with at least
         min_p of the likeliest one's probability.
-    repetition_penalty: above 1, tokens that occurred before (in the prompt too) become less likely (Keskar et al. 2019).
+    repetition_penalty: above 1, tokens that occurred before, in the prompt too, get less likely (Keskar et al. 2019).
     """
 
     temperature: float = 0.0

@@ -1,7 +1,7 @@
 """A model's state as a value: fork, rewind, select, replace, count, save and load it.
 
-Everything here reads the kinds of the fields (subquad.kernels.state) and never a layer's name, so it serves the state of
-a whole model, of one layer, or of anyone's layer that keeps the contract.
+Everything here reads the kinds of the fields (subquad.kernels.state) and never a layer's name, so it serves the state
+of a whole model, of one layer, or of anyone's layer that keeps the contract.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
