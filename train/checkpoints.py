@@ -1,0 +1,148 @@
+"""Checkpoints that are whole or absent, and stops that leave one behind."""
+
+import io
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from subquad.errors import UserError
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(Exception):
+    """Training was asked to stop and did, with a checkpoint at `path`."""
+
+    def __init__(self, path: Path):
+        super().__init__(f"stopped with checkpoint {path}")
+        self.path = path
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, to disk, and renames: whoever kills the process finds the old file or the new one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        buffer = io.BytesIO()  # torch reports a full disk as a RuntimeError without its cause
+        torch.save(checkpoint, buffer)
+        try:
+            with open(partial, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of the most steps."""
+    return max(folder.glob("step-*.ckpt"), key=lambda path: path.name, default=None)
+
+
+class RunCheckpoints(Checkpoint):
+    """Saves `folder`/step-N.ckpt every `every` steps, and when training ends, fails or is told to stop; keeps the last.
+
+    SIGINT (Ctrl-C) and SIGTERM let the current step finish, save and raise `Stopped`; a second one stops at once.
+    Python's, numpy's and torch's random states go into the checkpoint, which Lightning leaves out.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int = 2):
+        self.folder, self.every, self.keep = folder, every, keep
+        self.saved_step = 0
+        self._asked_to_stop = False
+        self._handlers: dict[int, Any] = {}
+        self._random: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saved_step = trainer.global_step
+        if self._random is not None:
+            _set_random_state(self._random)
+            self._random = None
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in STOPPING}
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+        self._asked_to_stop = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Between two updates gradients are being accumulated, which a checkpoint does not hold.
+        updated = not trainer.fit_loop._should_accumulate()
+        stop = self._asked_to_stop and updated
+        due = trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps
+        if stop or (due and updated):
+            path = self._save(trainer)
+        if stop:
+            raise Stopped(path)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+        self._restore_handlers()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+        # A second Ctrl-C can fall within an update, so what is in memory then is no state to go on from.
+        if trainer.training and not isinstance(exception, Stopped | KeyboardInterrupt | OSError | UserError):
+            self._save(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore_handlers()
+
+    def _save(self, trainer: Trainer) -> Path:
+        path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
+        if trainer.global_step == self.saved_step:
+            return path
+        trainer.save_checkpoint(path)
+        self.saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+                old.unlink()
+        return path
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": _random_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random = state_dict["random"]
+
+
+def _random_state() -> dict[str, Any]:
+    """In types that torch.load takes with weights_only."""
+    version, internal, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

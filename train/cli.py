@@ -1,0 +1,278 @@
+"""`subquad train fit|validate|test`: LightningCLI with a run folder, resumable runs and errors of one sentence.
+
+A run's folder holds config.yaml, curve.png, metrics/metrics.csv, tensorboard/, checkpoints/ and, at its end, model/.
+"""
+
+import errno
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from subquad.errors import UserError, nearest
+from subquad.models import checkpoint
+from subquad.train.checkpoints import AtomicCheckpointIO, RunCheckpoints, Stopped, newest
+from subquad.train.data import TextData
+from subquad.train.progress import RunProgress, draw_curve, read_metrics
+from subquad.train.task import LanguageModeling
+
+SUBCOMMANDS = ("fit", "validate", "test")
+NOT_OURS_TO_HEED = (
+    r".*dataloader is\s+not resumable.*",  # the DataModule restores the position itself
+    r".*logging interval.*",
+    r".*treespec, LeafSpec.*",
+    r".*Experiment logs directory .* exists and is not empty.*",  # its rows are written again on resuming
+    r".*`LightningCLI`'s args parameter.*",
+    r".*Starting from v1.9.0, `tensorboardX`.*",
+    r".*GPU available but not used.*",
+)
+CANNOT_WRITE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no space
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),  # no permission
+}
+TRAINER_DEFAULTS = {
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": 0,
+    "val_check_interval": 200,
+    "check_val_every_n_epoch": None,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+class Parser(LightningArgumentParser):
+    """An argument parser that raises instead of printing its usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(message) from ex
+
+
+class TrainCLI(LightningCLI):
+    """Adds the run's folder to LightningCLI, and what reads and writes it."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=str, default="runs/latest", help="folder of the run")
+        parser.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+        parser.add_argument("--resume", action="store_true", help="go on from the folder's newest checkpoint")
+        parser.add_argument("--checkpoint_every", type=int, default=200, help="steps between checkpoints")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        evaluation = {"model", "dataloaders", "datamodule", "verbose", "weights_only"}
+        fit = {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"}
+        return {"fit": fit, "validate": evaluation, "test": evaluation}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except UserError as error:
+            known = [key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys()]  # noqa: SIM118
+            raise UserError(one_sentence(str(error), sorted(set(known)))) from error
+
+    def before_instantiate_classes(self) -> None:
+        options = self.config[self.subcommand]
+        self.run_folder = Path(options.run)
+        self.resuming = options.resume
+        if self.subcommand == "fit":
+            check_run_folder(self.run_folder, overwrite=options.overwrite, resume=options.resume)
+            if options.checkpoint_every < 1:
+                raise UserError(f"checkpoint_every is {options.checkpoint_every}; it must be at least 1")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        given = self._get(self.config_init, "trainer")
+        self.progress = RunProgress(self.run_folder, bar=given["enable_progress_bar"] is not False)
+        own: dict[str, Any] = {"enable_progress_bar": False, "logger": False, "default_root_dir": str(self.run_folder)}
+        callbacks = [self.progress]
+        if self.subcommand == "fit":
+            if given["logger"] is not False:
+                own["logger"] = self._loggers()
+            every = self._get(self.config, "checkpoint_every")
+            callbacks.append(RunCheckpoints(self.run_folder / "checkpoints", every))
+            plugins = given["plugins"] or []
+            own["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        try:
+            return self._instantiate_trainer({**given, **own, **kwargs}, callbacks)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def _loggers(self) -> list[Any]:
+        """CSV and TensorBoard; nothing is written before the first row."""
+        last = self._resumed_step()
+        purge = None if last is None else last + 1
+        board = TensorBoardLogger(self.run_folder, name="", version="tensorboard", purge_step=purge)
+        return [CSVLogger(self.run_folder, name="", version="metrics"), board]
+
+    def _resumed_step(self) -> int | None:
+        path = newest(self.run_folder / "checkpoints") if self.resuming else None
+        return None if path is None else int(path.stem.removeprefix("step-"))
+
+    def before_fit(self) -> None:
+        """Check everything that can be wrong, then make the folder."""
+        self.datamodule.check_vocabulary(self.model.lm.config.vocab_size)
+        self.datamodule.setup("fit")
+        if not self.trainer.is_global_zero:
+            return
+        if not self.resuming:
+            if self.run_folder.exists():
+                shutil.rmtree(self.run_folder)
+            self.run_folder.mkdir(parents=True)
+            self._write_config()
+        if self.progress.bar:
+            text = f"{self.model.lm.n_parameters():,} parameters; {self.datamodule.describe()}"
+            self.progress.console.print(text, highlight=False, soft_wrap=True)
+
+    def _write_config(self) -> None:
+        text = self._parser("fit").dump(self.config["fit"], skip_none=False, format="yaml")
+        values = yaml.safe_load(text)
+        for key in ("config", "overwrite", "resume"):
+            values.pop(key, None)
+        (self.run_folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+    def fit(self, **kwargs: Any) -> None:
+        path = newest(self.run_folder / "checkpoints") if self.resuming else None
+        if path is not None and self.trainer.loggers and self.trainer.is_global_zero:
+            rows = read_metrics(self.run_folder, self._resumed_step())
+            self.trainer.loggers[0].experiment.metrics.extend(rows)
+        self.trainer.fit(**kwargs, ckpt_path=path, weights_only=True)
+
+    def after_fit(self) -> None:
+        """The last validation, the curve and the exported model; where everything is."""
+        trainer, run = self.trainer, self.run_folder
+        step, bpb = trainer.global_step, trainer.callback_metrics.get("val/bpb")
+        if self.progress.validated_step != step:
+            bpb = trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0]["val/bpb"]
+        if not trainer.is_global_zero:
+            return
+        draw_curve(run)
+        checkpoint.save(self.model.lm, run / "model", tokenizer=self.datamodule.tokenizer, overwrite=True)
+        gzip = self.datamodule.gzip_bits_per_byte("val")
+        print(f"validation after {step} steps: {float(bpb):.3f} bits per byte (gzip -9 of the same text: {gzip:.3f})")
+        print(f"trained for {self.progress.training_seconds:.0f} s; curve {run}/curve.png, model {run}/model")
+
+    def validate(self, **kwargs: Any) -> None:
+        self._evaluate("validate", **kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        self._evaluate("test", **kwargs)
+
+    def _evaluate(self, which: str, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        path = Path(ckpt_path) if ckpt_path else newest(self.run_folder / "checkpoints")
+        if path is None or not path.is_file():
+            where = path or f"in {self.run_folder}/checkpoints"
+            raise UserError(f"there is no checkpoint {where}; give --run or --ckpt_path")
+        self.datamodule.check_vocabulary(self.model.lm.config.vocab_size)
+        self.datamodule.setup(which)
+        (values,) = getattr(self.trainer, which)(**kwargs, ckpt_path=path, weights_only=True, verbose=False)
+        name = "val" if which == "validate" else "test"
+        gzip = self.datamodule.gzip_bits_per_byte(name)
+        print(f"{name}: {values['val/bpb']:.4f} bits per byte of {path} (gzip -9 of the same text: {gzip:.4f})")
+
+
+def check_run_folder(run: Path, *, overwrite: bool, resume: bool) -> None:
+    """One sentence where a run may not be written to a folder, or has nothing to resume."""
+    if overwrite and resume:
+        raise UserError("--overwrite and --resume exclude each other")
+    if resume:
+        if newest(run / "checkpoints") is None:
+            raise UserError(f"there is no checkpoint in {run / 'checkpoints'} to resume from")
+        return
+    if run.exists():
+        if not overwrite:
+            raise UserError(
+                f"the run folder {run} exists; use --resume to go on, --overwrite to replace it or another --run"
+            )
+        if not run.is_dir() or (any(run.iterdir()) and not (run / "config.yaml").is_file()):
+            raise UserError(f"{run} holds no run of subquad, so --overwrite will not replace it")
+    parent = next(p for p in (run.absolute().parent, *run.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot make the run folder {run}: {parent} is no folder that may be written to")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`subquad train ...`: returns the exit code; bad input raises UserError."""
+    argv = list(argv)
+    if argv and not argv[0].startswith("-") and argv[0] not in SUBCOMMANDS:
+        raise UserError(f"subquad train has no command {argv[0]!r}; {nearest(argv[0], SUBCOMMANDS)}")
+    if not argv:
+        raise UserError(f"subquad train needs a command: {', '.join(SUBCOMMANDS)}")
+    quiet()
+    run = run_folder_of(argv)
+    try:
+        TrainCLI(
+            LanguageModeling,
+            TextData,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"prog": "subquad train"},
+            args=with_run_config(argv, run),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except Stopped as stop:
+        print(f"stopped and saved {stop.path}; go on with: subquad train fit --run {stop.path.parents[1]} --resume")
+        return 130
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except OSError as error:
+        if error.errno in CANNOT_WRITE:
+            raise UserError(f"cannot write {error.filename or 'the run'}: {error.strerror}") from error
+        raise
+    return 0
+
+
+def run_folder_of(argv: list[str]) -> Path | None:
+    """What --run names on the command line, before anything is parsed."""
+    for here, after in zip(argv, [*argv[1:], ""], strict=True):
+        if here == "--run":
+            return Path(after)
+        if here.startswith("--run="):
+            return Path(here.removeprefix("--run="))
+    return None
+
+
+def with_run_config(argv: list[str], run: Path | None) -> list[str]:
+    """The arguments with the run's own configuration where it is to be gone on with and none is given."""
+    given = any(a in ("-c", "--config") or a.startswith("--config=") for a in argv)
+    goes_on = "--resume" in argv or argv[0] in ("validate", "test")
+    if given or run is None or not goes_on:
+        return argv
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} holds no run: it has no config.yaml")
+    return [argv[0], "--config", str(run / "config.yaml"), *argv[1:]]
+
+
+def quiet() -> None:
+    """Keep warnings that a user can act on; drop Lightning's advertisements, tips and notes."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in NOT_OURS_TO_HEED:
+        warnings.filterwarnings("ignore", message=pattern)
+
+
+def one_sentence(message: str, known: Sequence[str]) -> str:
+    """jsonargparse's report of bad arguments, with the nearest key for an unknown one."""
+    text = " ".join(message.split())
+    if found := re.search(r"(?:[Uu]nrecognized arguments: --|not accept option ')([\w.+]+)", text):
+        return f"there is no option {found[1]!r}; {nearest(found[1], known)}"
+    if found := re.search(r"arguments are required: (?:\w+\.)?([\w.]+)", text):
+        return f"{found[1]} is missing; give a --config file that has it, or --{found[1]}"
+    if found := re.search(r"File does not exist: '?([^']+)'?", text):
+        return f"there is no configuration file {found[1]}"
+    if found := re.search(r"Problems parsing config: (.*)", text):
+        return f"the configuration is no valid YAML: {found[1]}"
+    text = re.sub(r"<class '([^']+)'>", r"\1", text)
+    return re.sub(r"Parser key \"([^\"]+)\":", r"\1:", text)

@@ -1,0 +1,137 @@
+"""What a person sees of a run: a progress bar (lines where there is no terminal) and a curve."""
+
+import csv
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINES_PER_RUN = 10  # without a terminal
+
+
+class RunProgress(Callback):
+    """A bar with loss, bits per byte and tokens per second; redraws the curve after each validation."""
+
+    def __init__(self, run: Path, *, bar: bool = True):
+        self.run, self.bar = run, bar
+        self.console = Console(stderr=True)
+        self.display: Progress | None = None
+        self._tokens, self._since, self._paused = 0, 0.0, 0.0
+        self.training_seconds, self.validated_step = 0.0, -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total = int(trainer.estimated_stepping_batches)
+        if self.bar and trainer.is_global_zero and self.console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+            self.display = Progress(*columns, console=self.console)
+            self.task = self.display.add_task("", total=total, completed=trainer.global_step, text="")
+            self.display.start()
+        self._lines = max(1, total // LINES_PER_RUN)
+        self._since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._tokens += batch.tokens.numel() * trainer.world_size
+        step, due = trainer.global_step, trainer.global_step % trainer.log_every_n_steps == 0
+        if due:
+            now = time.monotonic()
+            self.rate = self._tokens / (now - self._since)
+            self.training_seconds += now - self._since
+            self._tokens, self._since = 0, now
+            pl_module.log("tokens_per_second", self.rate, batch_size=1, on_step=True, on_epoch=False)
+        if not (self.bar and trainer.is_global_zero):
+            return
+        if self.display is not None:
+            text = self._text(trainer) if due else self.display.tasks[0].fields["text"]
+            self.display.update(self.task, completed=step, text=text)
+        elif due and step % self._lines < trainer.log_every_n_steps:
+            self.console.print(f"step {step}: {self._text(trainer)}", highlight=False)
+
+    def _text(self, trainer: Trainer) -> str:
+        values = trainer.callback_metrics
+        parts = [f"loss {float(values['train/loss']):.3f}", f"{float(values['train/bpb']):.3f} bits/byte"]
+        if "val/bpb" in values:
+            parts.append(f"validation {float(values['val/bpb']):.3f}")
+        return ", ".join([*parts, f"{self.rate:,.0f} tokens/s"])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since += time.monotonic() - self._paused
+        self.validated_step = trainer.global_step
+        if trainer.is_global_zero and trainer.state.fn == "fit":
+            for logger in trainer.loggers:
+                logger.save()
+            draw_curve(self.run)
+            if self.bar and self.display is None:
+                bpb = float(trainer.callback_metrics["val/bpb"])
+                self.console.print(f"step {trainer.global_step}: validation {bpb:.3f} bits/byte", highlight=False)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.display is not None:
+            self.display.stop()
+            self.display = None
+
+
+def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, float]]:
+    """The logged rows of a run, up to a step; a row that a killed process left half-written is left out."""
+    rows = []
+    path = run / "metrics" / "metrics.csv"
+    if not path.exists():
+        return rows
+    with open(path, newline="", encoding="utf-8") as file:
+        for texts in csv.DictReader(file):
+            with suppress(ValueError, TypeError):
+                row = {name: float(text) for name, text in texts.items() if text != ""}
+                if "step" in row and (last_step is None or row["step"] <= last_step):
+                    rows.append(row)
+    return rows
+
+
+def draw_curve(run: Path) -> Path | None:
+    """curve.png: bits per byte of training and validation against the step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run)
+    train = [(row["step"], row["train/bpb"]) for row in rows if "train/bpb" in row]
+    val = [(row["step"], row["val/bpb"]) for row in rows if "val/bpb" in row]
+    if not train:
+        return None
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(*zip(*train, strict=True), color="0.65", linewidth=1)
+    axes.annotate(
+        "training", train[len(train) // 2], (0, -14), textcoords="offset points", color="0.45", ha="center", va="top"
+    )
+    if val:
+        axes.plot(*zip(*val, strict=True), color="black", linewidth=1.8, marker="o", markersize=3.5)
+        axes.annotate(
+            f"validation {val[-1][1]:.2f}", val[-1], (0, 10), textcoords="offset points", ha="right", va="bottom"
+        )
+    # The first steps, near the entropy of a uniform guess, would flatten everything after them.
+    values = sorted(value for _, value in train + val)
+    axes.set_ylim(max(0, values[0] - 0.15), values[int(0.97 * (len(values) - 1))] + 0.4)
+    axes.set_xlim(0, None)
+    axes.set_xlabel("step (updates of the weights)")
+    axes.set_ylabel("cross entropy (bits per byte)")
+    axes.grid(True, color="0.92", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    partial = run / ".curve.png.partial"
+    figure.savefig(partial, format="png")
+    partial.replace(run / "curve.png")
+    return run / "curve.png"
