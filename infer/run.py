@@ -16,6 +16,7 @@ from subquad.errors import UserError
 from subquad.infer.device import PeakMemory, pick_device, pick_dtype
 from subquad.infer.generate import Context, Generation, check_counts, encode
 from subquad.infer.output import check_output, write_atomically
+from subquad.infer.progress import Progress
 from subquad.infer.sampling import Sampling, generator, seeds_from
 from subquad.infer.state import nbytes
 from subquad.infer.text import stop_strings
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     with interruptible() as interrupted:
         n_unread = sum(len(u) for u in context.unread)
         began = perf_counter()
-        with Progress(n_unread - len(context.unread)) as progress:
+        with Progress("reading", n_unread - len(context.unread)) as progress:
             for count in context.read(options.prefill_chunk):
                 progress.advance(count)
                 if interrupted():
@@ -174,34 +175,3 @@ class Printer:
             print(f"\n==> {i} <==\n" + "".join(pieces), end="")
         if sys.stdout.isatty() or len(self.waiting) > 1:
             print()
-
-
-class Progress:
-    """A bar on stderr for a prompt whose reading takes more than two seconds."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.bar = total, 0, None
-        self.began = perf_counter()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        if self.bar is None and self.done < self.total and perf_counter() - self.began > 2:
-            self._show()
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done)
-
-    def _show(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("reading"), BarColumn(), TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-        self.bar.start()
-        self.task = self.bar.add_task("reading", total=self.total)
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
