@@ -26,10 +26,15 @@ class Pattern(NamedTuple):
 
     def reads(self, query: Tensor, key: Tensor) -> Tensor:
         """The mask [..., T, S] of query positions [..., T] and key positions [..., S]."""
-        gap = query[..., :, None] - key[..., None, :]
-        near = torch.ones_like(gap, dtype=torch.bool) if self.window is None else gap.abs() < self.window
-        seen = near | (key < self.n_sinks)[..., None, :]
-        return seen & (gap >= 0) if self.causal else seen
+        query, key = query[..., :, None], key[..., None, :]
+        past = key <= query
+        if self.window is None:
+            return past if self.causal else torch.ones_like(past)
+        near = key > query - self.window
+        if not self.causal:
+            near = near & (key < query + self.window)
+        seen = near | (key < self.n_sinks) if self.n_sinks else near
+        return seen & past if self.causal else seen
 
 
 Cache = KVCache | RingCache
@@ -179,7 +184,7 @@ def _fresh(q, k, v, pattern, sink_logits, cu_seqlens):
         return _each_sequence(q, k, v, pattern._replace(window=None), sink_logits, cu_seqlens)
     if sink_logits is not None:
         at = positions(q.shape[1], None, None, q.device)
-        return _masked_blocks(q, k, v, at, at, pattern, sink_logits)
+        return _masked_blocks(q, k, v, at, at, pattern, sink_logits, offset=0 if pattern.causal else None)
     return _sdpa(q, k, v, None, is_causal=pattern.causal)
 
 
@@ -191,12 +196,14 @@ def _each_sequence(q, k, v, pattern, sink_logits, cu_seqlens):
         k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
         cu, most = cu_seqlens.int(), q.shape[1]
         window = (-1, 0) if pattern.causal else (-1, -1)
-        return varlen_attn(q[0], k[0], v[0], cu, cu, most, most, scale=1.0, window_size=window)[None]
+        out = varlen_attn(q[0], k[0], v[0], cu, cu, most, most, scale=1.0, window_size=window)
+        return mask_padding(out[None], cu_seqlens)  # it leaves padding rows unwritten
     if torch.compiler.is_compiling() or q.device.type != "cpu":  # no host reads: one mask over the row
         at = positions(q.shape[1], None, cu_seqlens)
         ids, valid = sequence_ids(q.shape[1], cu_seqlens)
         ids = torch.where(valid, ids, -1)[None]
-        return mask_padding(_masked_blocks(q, k, v, at, at, pattern, sink_logits, ids), cu_seqlens)
+        offset = 0 if pattern.causal else None
+        return mask_padding(_masked_blocks(q, k, v, at, at, pattern, sink_logits, ids, offset), cu_seqlens)
     bounds = cu_seqlens.tolist()
     outs = [_fresh(q[:, a:b], k[:, a:b], v[:, a:b], pattern, sink_logits, None) for a, b in pairwise(bounds) if b > a]
     outs.append(q.new_zeros(1, q.shape[1] - bounds[-1], q.shape[2], v.shape[3]))
@@ -207,17 +214,29 @@ def _continued(q, k, v, pattern, sink_logits, state, fresh):
     """New tokens after a cache: (o, keys, values). `fresh` [N, T] is False for padding among the new tokens."""
     time, slots = q.shape[1], state.k.shape[1]
     at = positions(time, state.count, None)
+    spare = slots if isinstance(state, KVCache) else slots - pattern.n_sinks - pattern.window
+    before, used = None, slots
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading counts costs nothing
+        before = state.count.tolist()
+        new = [time] * len(before) if fresh is None else fresh.sum(1).tolist()
+        used = max((b + n for b, n in zip(before, new, strict=True)), default=0)
+    if isinstance(state, KVCache) and used > slots:
+        raise UserError(f"the cache has {slots} slots; {used} tokens do not fit (raise max_len)")
+    if time == 1 and fresh is None and (pattern.window is None or spare == 0):  # every slot in use is visible
+        keys, values = write_cache(state, k, v, at, None, pattern.n_sinks)
+        used = min(used, slots)
+        held = (x[:, :used].to(q.dtype) for x in (keys, values))
+        uneven = before is None or min(before, default=0) + 1 < used
+        mask = (torch.arange(used, device=q.device) <= at)[:, None, None] if uneven else None
+        return _sdpa(q, *held, mask, sink_logits=sink_logits), keys, values
     if isinstance(state, KVCache):
-        used = slots
-        if q.device.type == "cpu" and not torch.compiler.is_compiling():
-            used = int((state.count + (time if fresh is None else fresh.sum(1))).max())
-            if used > slots:
-                raise UserError(f"the cache has {slots} slots; {used} tokens do not fit (raise max_len)")
         keys, values = write_cache(state, k, v, at, fresh, 0)
+        held = (x[:, :used].to(q.dtype) for x in (keys, values))
+        if fresh is None and before is not None and not any(before):
+            return _fresh(q, *held, pattern, sink_logits, None), keys, values
         key_at = torch.arange(used, device=q.device)[None]
-        o = _masked_blocks(q, keys[:, :used], values[:, :used], at, key_at, pattern, sink_logits)
-        return o, keys, values
-    spare = slots - pattern.n_sinks - pattern.window
+        offset = None if before is None else max(before, default=0)
+        return _masked_blocks(q, *held, at, key_at, pattern, sink_logits, offset=offset), keys, values
     if time <= spare + 1:  # what the new tokens overwrite is out of every query's window
         keys, values = write_cache(state, k, v, at, fresh, pattern.n_sinks)
         ends = state.count + (time if fresh is None else fresh.sum(1))
@@ -263,30 +282,41 @@ def _banded(q, k, v, at, pattern, sink_logits, before=None, sinks=None):
     return out.unflatten(0, (batch, count)).flatten(1, 2)[:, :time]
 
 
-def _masked_blocks(q, k, v, at, key_at, pattern, sink_logits, ids=None):
-    """Explicit masks, a block of queries at a time. Slots that hold nothing have key position -1."""
+def _masked_blocks(q, k, v, at, key_at, pattern, sink_logits, ids=None, offset=None):
+    """Explicit masks, a block of queries at a time. Slots that hold nothing have key position -1.
+
+    `offset`: where it is given, query row i reads no key past row offset + i.
+    """
     k, v = k.to(q.dtype), v.to(q.dtype)
+    if pattern.causal:
+        key_at = torch.where(key_at < 0, torch.iinfo(key_at.dtype).max, key_at)  # after every query
     outs = []
     for start in range(0, q.shape[1], QUERY_BLOCK):
         span = slice(start, start + QUERY_BLOCK)
-        mask = pattern.reads(at[:, span], key_at) & (key_at >= 0)[:, None]
+        seen = slice(None) if offset is None else slice(offset + start + QUERY_BLOCK)
+        mask = pattern.reads(at[:, span], key_at[:, seen])
         if ids is not None:
-            mask = mask & (ids[:, span, None] == ids[:, None])
-        outs.append(_sdpa(q[:, span], k, v, mask[:, None], sink_logits=sink_logits))
+            mask = mask & (ids[:, span, None] == ids[:, None, seen])
+        outs.append(_sdpa(q[:, span], k[:, seen], v[:, seen], mask[:, None], sink_logits=sink_logits))
     return torch.cat(outs, 1) if len(outs) != 1 else outs[0]
 
 
 def _sdpa(q, k, v, mask, *, is_causal=False, sink_logits=None):
-    """torch's attention on [N, T, H, .] tensors."""
+    """torch's attention on [N, T, H, .] tensors. mask: True where read, [N | 1, 1, T, S]; None reads everything."""
+    (N, T, H), G = q.shape[:3], k.shape[2]
     if sink_logits is not None:  # one more key of zeros whose score is the sink's logit
+        bias = q.new_zeros(1, 1, 1, k.shape[1])
+        bias = (bias if mask is None else torch.where(mask, bias, -torch.inf)).expand(N, H, T, -1)
+        mask = torch.cat([bias, sink_logits.to(q.dtype)[:, None, None].expand(N, H, T, 1)], -1)
         k, v = F.pad(k, (0, 0, 0, 0, 0, 1)), F.pad(v, (0, 0, 0, 0, 0, 1))
-        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
-        bias = bias.expand(-1, q.shape[2], -1, -1)
-        column = sink_logits.to(q.dtype)[None, :, None, None].expand(*bias.shape[:3], 1)
-        mask = torch.cat([bias, column], -1)
+    if T == 1 and H != G:  # query heads that share a key head are rows of one product: each key is read once
+        q = q.reshape(N, G, H // G, -1)
+        if mask is not None and mask.shape[1] == H:
+            mask = mask.reshape(N, G, H // G, -1)
+        o = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=1.0)
+        return o.reshape(N, 1, H, -1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=1.0, enable_gqa=grouped)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=1.0, enable_gqa=H != G)
     return o.transpose(1, 2)
 
 

@@ -69,7 +69,7 @@ def _write(target: Tensor, new: Tensor, rows: Tensor, slot: Tensor, keep: Tensor
         held = target[rows, slot]
         wide = (slice(None), None, None)
         held = torch.where((index == chosen)[wide], held, held.detach())
-        new = torch.where(keep[wide], new, torch.where(keep.any(), new[chosen].detach(), held))
+        new = torch.where(keep[wide], new, torch.where(keep.any(), new.index_select(0, chosen[None]).detach(), held))
     if torch.is_grad_enabled():
         return target.index_put((rows, slot), new)
     return target.index_put_((rows, slot), new)

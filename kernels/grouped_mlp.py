@@ -44,9 +44,7 @@ def _sorted(x, expert, weight, gate_up, down):
     token = order // top_k
     counts = (expert.flatten()[:, None] == torch.arange(gate_up.shape[0], device=x.device)).sum(0)
     rows = x[token]
-    # grouped_mm takes no float64 and wants rows of whole 16 bytes.
-    aligned = all(width * x.element_size() % 16 == 0 for width in (x.shape[1], down.shape[2]))
-    if aligned and x.dtype != torch.float64:
+    if _has_grouped_mm(x, down):
         ends = counts.cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
         out = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
@@ -55,6 +53,12 @@ def _sorted(x, expert, weight, gate_up, down):
         out = torch.cat([_swiglu(r, w, d) for r, w, d in zip(groups, gate_up, down, strict=True)])
     out = out * weight.flatten()[order, None].to(out.dtype)
     return torch.zeros_like(x).index_add(0, token, out)
+
+
+def _has_grouped_mm(x: Tensor, down: Tensor) -> bool:
+    """torch's grouped product wants rows of whole 16 bytes, bf16 on GPUs, and no float64 anywhere."""
+    aligned = all(width * x.element_size() % 16 == 0 for width in (x.shape[1], down.shape[2]))
+    return aligned and (x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype == torch.float32))
 
 
 _FORMS = register("grouped_mlp", naive=_naive, torch=_sorted)
