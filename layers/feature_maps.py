@@ -24,7 +24,8 @@ class EluFeatures(FeatureMap):
     """1 + elu(x), positive (Katharopoulos et al. 2020)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return 1 + F.elu(x)
+        # Not 1 + F.elu(x): it rounds exp(x) to an absolute 1e-7, and torch 2.13 traces its backward with wrong strides.
+        return F.relu(x) + x.clamp(max=0).exp()
 
 
 class ReluFeatures(FeatureMap):

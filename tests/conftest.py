@@ -2,8 +2,9 @@
 """What holds for every test.
 
 * Shapes: every jaxtyping annotation of subquad is checked at run time. The hook must be in place before subquad is
-  first imported, so it is the first thing here. `torch.compile` cannot trace the checks: a test that compiles is marked
-  `@pytest.mark.unchecked`, which switches them off while it runs.
+  first imported, so it is the first thing here. torch.compile cannot trace the wrappers it makes, not even switched
+  off; a test that compiles is marked `unchecked` and runs in a process without the hook, which test_unchecked.py
+  starts. By hand: SUBQUAD_TEST_UNCHECKED=1 pytest tests/models/test_compile.py
 * Memory: `torch.empty` and its kin hand out NaN, so that an output an op forgot to write shows.
 * Chance: each test starts from a seed made of its name, which a failure prints. SUBQUAD_TEST_SEED=n shifts them all.
 * Threads: one, so that two workers do not fight over two cores.
@@ -15,7 +16,9 @@ import zlib
 
 import jaxtyping
 
-jaxtyping.install_import_hook("subquad", "beartype.beartype")
+UNCHECKED = os.environ.get("SUBQUAD_TEST_UNCHECKED") == "1"
+if not UNCHECKED:
+    jaxtyping.install_import_hook("subquad", "beartype.beartype")
 
 import numpy as np
 import pytest
@@ -40,15 +43,11 @@ def seeded(request):
     torch.manual_seed(seed)
 
 
-@pytest.fixture(autouse=True)
-def shapes_checked(request):
-    """Run-time shape checks, off only for tests marked `unchecked`."""
-    if request.node.get_closest_marker("unchecked") is None:
-        yield
-        return
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+def pytest_collection_modifyitems(config, items):
+    """Each process runs the tests that are made for it."""
+    here = [item for item in items if (item.get_closest_marker("unchecked") is not None) == UNCHECKED]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(here)])
+    items[:] = here
 
 
 @pytest.fixture(autouse=True, scope="session")

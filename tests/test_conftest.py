@@ -23,7 +23,7 @@ def test_shapes_are_checked_within_layers():
 
 
 @pytest.mark.unchecked
-def test_marked_tests_run_without_the_checks():
+def test_unchecked_tests_run_without_the_checks():
     with pytest.raises(Exception) as caught:
         short_conv(torch.zeros(1, 4, 3), torch.zeros(2, 4))
     assert not isinstance(caught.value, jaxtyping.TypeCheckError)
