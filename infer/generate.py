@@ -136,15 +136,13 @@ class Context:
 
         def room(extra: dict[str, Tensor]) -> int:
             if not extra.keys() >= SAVED:
-                raise UserError(
-                    f"{path} holds a state only; it was not saved by a generation, so nothing says what comes next"
-                )
+                raise UserError(f"{path} holds a state alone; only what a generation saved says what comes next")
             return int(extra["unread_lengths"].max()) + (0 if more is None else len(more)) + max_new_tokens
 
         state, extra = load_state(path, model, room=room)
         generators = [torch.Generator() for _ in extra["generators"]]
         for g, values in zip(generators, extra["generators"], strict=True):
-            g.set_state(values)
+            g.set_state(values.clone())  # torch 2.13 reads a row of a matrix from the wrong address and crashes
         unread = list(extra["unread"].split(extra["unread_lengths"].tolist()))
         seen = extra["seen"].to(model.embedding.weight.device)
         context = cls(model, state, unread, extra["lengths"].tolist(), seen, generators, extra["finished"].tolist())
@@ -303,7 +301,7 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> Tensor:
         else:
             tokens = torch.tensor(tokenizer.encode(prompt), dtype=torch.int32)
     else:
-        tokens = torch.as_tensor(prompt)
+        tokens = torch.as_tensor(np.array(prompt) if isinstance(prompt, np.ndarray) else prompt)
         if tokens.dim() != 1 or (tokens.numel() and (tokens.is_floating_point() or tokens.dtype == torch.bool)):
             raise UserError(f"a prompt of tokens is a vector of integers; got {tokens.dtype} {tuple(tokens.shape)}")
         tokens = tokens.cpu()
@@ -324,9 +322,7 @@ def check_counts(sampling: Sampling, max_new_tokens: int, num_samples: int, pref
         if value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")
     if num_samples > 1 and sampling.greedy:
-        raise UserError(
-            f"num_samples {num_samples} at temperature 0 would give one text {num_samples} times; give a temperature"
-        )
+        raise UserError(f"num_samples {num_samples} at temperature 0 would all be one text; give a temperature above 0")
 
 
 def _tokenizer_of(model: LM, tokenizer: Tokenizer | str | Path | None) -> Tokenizer:

@@ -34,15 +34,13 @@ class Sampling:
         _check("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
         _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1")
-        _check(
-            "repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < 1000, "above 0 and below 1000"
-        )
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, 0 < penalty < 1000, "above 0 and below 1000")
         if self.greedy:
             for name in ("top_k", "top_p", "min_p"):
-                if getattr(self, name) is not None:
-                    raise UserError(
-                        f"{name} {getattr(self, name)} has no effect at temperature 0; give a temperature above 0"
-                    )
+                value = getattr(self, name)
+                if value is not None:
+                    raise UserError(f"{name} {value} has no effect at temperature 0; give a temperature above 0")
         self.processors = self._processors()
 
     @property

@@ -181,15 +181,12 @@ def _tensor(file: Any, path: Path, name: str, names: set[str]) -> Tensor:
 def _check_origin(path: Path, about: Mapping[str, str], model: LM) -> None:
     if about.get("format") != FORMAT:
         raise UserError(f"{path} is no state file of subquad")
-    if about["dtype"] != _dtype_name(model):
-        raise UserError(
-            f"{path} was saved by a model in {about['dtype']}, this one is in {_dtype_name(model)}; use --dtype"
-        )
-    mine = fingerprint(model)
-    if about["fingerprint"] != mine:
-        raise UserError(
-            f"{path} belongs to another model: it was saved by {about['fingerprint'][:12]}, this is {mine[:12]}"
-        )
+    theirs, mine = about["dtype"], _dtype_name(model)
+    if theirs != mine:
+        raise UserError(f"{path} was saved by a {theirs} model, this one is {mine}; load it as {theirs} (--dtype)")
+    theirs, mine = about["fingerprint"], fingerprint(model)
+    if theirs != mine:
+        raise UserError(f"{path} belongs to another model: it was saved by {theirs[:12]}, this one is {mine[:12]}")
 
 
 def _dtype_name(model: LM) -> str:
