@@ -108,7 +108,7 @@ class Attention(Layer):
         if self.rope_theta is not None:
             at = positions(x.shape[1], None if state is None else state.count, cu_seqlens, x.device)
             cos, sin = rotary_angles(at, self.rotary_dim, self.rope_theta, q.dtype)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = rotate(torch.cat([q, k], 2), cos, sin).split([self.n_heads, self.n_kv_heads], 2)
         o, state = attention(
             q * self.head_dim**-0.5,
             k,

@@ -38,6 +38,9 @@ class Layer(nn.Module):
     kind: ClassVar[Literal["mixer", "ffn"]] = "mixer"
     causality: ClassVar[Literal["exact", "regrouped"]] = "exact"  # regrouped: equal up to the order of summation
     constant_state: ClassVar[bool] = True  # state bytes do not depend on max_len
+    discrete: ClassVar[bool] = (
+        False  # chooses (experts, blocks, buckets), so rounding may change an output at a near-tie
+    )
     min_width: ClassVar[int] = 1
     max_len: int | None = None
 

@@ -1,7 +1,6 @@
 """The contract as a suite that any layer passes or fails, property by property.
 
-    results = conformance.check("my_package.my_module.MyMixer", d_model=48)      # or a class, or a function d_model ->
-    layer subquad conformance my_package.my_module.MyMixer
+    subquad conformance my_package.my_module.MyMixer
 
 In a test:
 
@@ -9,7 +8,8 @@ In a test:
     def test_my_mixer(prop):
         conformance.PROPERTIES[prop](conformance.Subject(MyMixer))
 
-Each property is a function that raises AssertionError with one sentence. The oracle is the `naive` form of the ops in
+Each property is a function that raises AssertionError with one sentence, or NotApplicableError. The oracle is the
+`naive` form of the ops in float64;
 float64; errors are ||a - b|| / ||b||, and NaN fails. Layers without `init_state` pass or fail on the properties that
 concern them.
 """
@@ -18,6 +18,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +32,7 @@ from subquad.kernels.state import accumulator_dtype, leaves, map_leaves
 EXACT = 1e-9  # float64 against float64, whatever the order of summation
 LENGTHS = (1, 2, 7, 63, 64, 65, 1000)
 Named = dict[str, Tensor]
+Property = Callable[["Subject"], None]
 _SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 _DOUBLE = {narrow: wide for wide, narrow in _SINGLE.items()}
 
@@ -73,27 +75,25 @@ class Result:
     name: str
     passed: bool
     message: str
+    applies: bool = True
 
 
-def check(layer: str | Callable[..., nn.Module], d_model: int | None = None, **arguments: Any) -> list[Result]:
-    """Every property of a layer, given as a class, a function d_model -> layer, or a dotted path."""
-    if isinstance(layer, str):
-        from pydoc import locate
-
-        found = locate(layer) or locate(f"subquad.layers.{layer}")
-        assert callable(found), f"cannot import {layer!r}"
-        layer = found
+def check(layer: Callable[..., nn.Module], d_model: int | None = None, **arguments: Any) -> list[Result]:
+    """Every property of a layer, given as a class or a function of d_model."""
     subject = Subject(layer, d_model, arguments)
-    return [_attempt(name, prop, subject) for name, prop in PROPERTIES.items()]
+    return [attempt(name, subject) for name in PROPERTIES]
 
 
-def _attempt(name: str, prop: Callable[[Subject], None], subject: Subject) -> Result:
+def attempt(name: str, subject: Subject) -> Result:
+    """Try one property; a layer that raises fails it."""
     try:
-        prop(subject)
-    except Exception as error:  # a layer that raises fails the property; the suite goes on
-        return Result(
-            name, False, f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error)
-        )
+        PROPERTIES[name](subject)
+    except NotApplicableError as reason:
+        return Result(name, True, str(reason), applies=False)
+    except AssertionError as error:
+        return Result(name, False, str(error))
+    except Exception as error:
+        return Result(name, False, f"{type(error).__name__}: {error}")
     return Result(name, True, "")
 
 
@@ -162,6 +162,37 @@ def reference(layer: nn.Module, x: Tensor, state: Any, cu_seqlens: Tensor | None
 # The properties
 
 
+class NotApplicableError(Exception):
+    """The layer does not promise what the property is about."""
+
+
+def needs(condition: Callable[[Subject], str | None]) -> Callable[[Property], Property]:
+    """A property of layers for which `condition` gives no reason against it."""
+
+    def wrap(prop: Property) -> Property:
+        @wraps(prop)
+        def checked(s: Subject) -> None:
+            if reason := condition(s):
+                raise NotApplicableError(reason)
+            prop(s)
+
+        return checked
+
+    return wrap
+
+
+def decoding(s: Subject) -> str | None:
+    return None if s.decodes else "the layer has no init_state"
+
+
+def causal(s: Subject) -> str | None:
+    return None if s.causal else "the layer reads the whole sequence"
+
+
+def smooth(s: Subject) -> str | None:
+    return "the layer's choices may fall the other way between near-ties" if s.discrete else None
+
+
 def constructs_from_width(s: Subject) -> None:
     """Builds from d_model alone, takes keywords only and no **kwargs, and rejects a misspelt one."""
     signature = inspect.signature(s.make)
@@ -206,10 +237,9 @@ def matches_the_oracle(s: Subject) -> None:
         assert_close(got, want, EXACT, f"T = {time}, batch {batch}, float64")
 
 
+@needs(smooth)
 def matches_the_oracle_in_float32(s: Subject) -> None:
     """In float32 the error is at most max(1e-5, three times that of the naive form in float32)."""
-    if s.discrete:  # a choice between near-ties may fall the other way
-        return
     layer32 = copy.deepcopy(s.layer).float()
     for time in (t for t in (7, 65, 200) if t <= s.max_len):
         x = s.inputs(2, time, torch.float32)
@@ -223,10 +253,9 @@ def matches_the_oracle_in_float32(s: Subject) -> None:
         assert_close(forward_backward(layer32, x, state32), want, bound.__getitem__, f"T = {time}, float32")
 
 
+@needs(smooth)
 def survives_bfloat16(s: Subject) -> None:
     """With bf16 parameters what accumulates stays float32 and the error stays within twice the naive form's."""
-    if s.discrete:
-        return
     low = copy.deepcopy(s.layer).bfloat16()
     time = min(130, s.max_len)
     x = s.inputs(2, time, torch.bfloat16)
@@ -244,10 +273,9 @@ def survives_bfloat16(s: Subject) -> None:
                 assert torch.promote_types(t.dtype, wide) == t.dtype, f"state {path} accumulates in {t.dtype}"
 
 
+@needs(decoding)
 def splits_anywhere(s: Subject) -> None:
     """Twenty random partitions of a sequence through the carried state agree with one call."""
-    if not s.decodes:
-        return
     time = min(150, s.max_len)
     x = s.inputs(2, time)
     with torch.no_grad():
@@ -264,20 +292,18 @@ def splits_anywhere(s: Subject) -> None:
             assert_close({"y": torch.cat(parts, 1)} | flat(state), want, EXACT, f"partition {i} at {cuts}")
 
 
+@needs(decoding)
 def state_none_is_position_zero(s: Subject) -> None:
     """`state=None` gives the outputs of `init_state`."""
-    if not s.decodes:
-        return
     x = s.inputs(2, min(70, s.max_len))
     with torch.no_grad():
         got, want = s.layer(x)[0], s.layer(x, s.layer.init_state(2, x.shape[1]))[0]
     assert error(got, want) <= EXACT, f"outputs differ by {error(got, want):.1e}"
 
 
+@needs(decoding)
 def gradients_cross_states(s: Subject) -> None:
     """Backpropagation through the carried state of two calls equals that of one."""
-    if not s.decodes:
-        return
     x, cut = s.inputs(1, 70), 41
     weight = torch.randn_like(x)
 
@@ -330,10 +356,9 @@ def packed_gradients(s: Subject) -> None:
     assert_close(forward_backward(s.layer, x, state, cu), reference(s.layer, x, state, cu), EXACT, "packed row")
 
 
+@needs(decoding)
 def ragged_batches_agree(s: Subject) -> None:
     """Prompts of different lengths, packed, then decoded as a batch, equal each alone."""
-    if not s.decodes:
-        return
     lengths = [3, 40, 17]
     cu = cu_seqlens_of(torch.tensor(lengths))
     x, steps = s.inputs(1, sum(lengths)), s.inputs(3, 4)
@@ -358,10 +383,9 @@ def batch_order_is_free(s: Subject) -> None:
     assert found <= EXACT, f"outputs differ by {found:.1e}"
 
 
+@needs(causal)
 def is_causal(s: Subject) -> None:
     """Changing token t changes no output before t: not at all, or by the order of summation where the layer says so."""
-    if not s.causal:
-        return
     layer = copy.deepcopy(s.layer).float()
     exact = getattr(s.layer, "causality", "exact") == "exact"
     for time, t in ((100, 1), (100, 37), (130, 64), (130, 129)):
@@ -378,10 +402,9 @@ def is_causal(s: Subject) -> None:
         assert (a[:, t:] - b[:, t:]).abs().max() > 0, f"changing token {t} of {time} changes nothing at all"
 
 
+@needs(decoding)
 def writes_in_place(s: Subject) -> None:
     """Under no_grad the new state has the donated one's addresses; under grad the donated one is untouched."""
-    if not s.decodes:
-        return
     cu = cu_seqlens_of(torch.tensor([4, 0, 9]))
     for what, x, packed in (
         ("1 token", s.inputs(3, 1), None),
@@ -400,10 +423,9 @@ def writes_in_place(s: Subject) -> None:
             assert torch.equal(t, flat(kept)[name]), f"{what}: {name} was changed while gradients are recorded"
 
 
+@needs(decoding)
 def state_size_is_as_declared(s: Subject) -> None:
     """State bytes depend on max_len only where the layer says so, and never on the tokens seen."""
-    if not s.decodes:
-        return
 
     def size(state: Any) -> int:
         return sum(t.numel() * t.element_size() for _, _, t in leaves(state))
@@ -455,7 +477,7 @@ def autocasts(s: Subject) -> None:
         assert p.grad is None or torch.isfinite(p.grad).all(), f"the gradient of {name} is not finite"
 
 
-def _properties() -> Iterator[tuple[str, Callable[[Subject], None]]]:
+def _properties() -> Iterator[tuple[str, Property]]:
     for prop in (
         constructs_from_width,
         keeps_the_signature,
@@ -479,4 +501,4 @@ def _properties() -> Iterator[tuple[str, Callable[[Subject], None]]]:
         yield prop.__name__, prop
 
 
-PROPERTIES: dict[str, Callable[[Subject], None]] = dict(_properties())
+PROPERTIES: dict[str, Property] = dict(_properties())

@@ -35,6 +35,7 @@ class MoE(FeedForward):
 
     card = Card("Shazeer et al. 2017, arXiv:1701.06538", "grouped_mlp", "O(T D F k)", "O(D F k)", "0")
     causality = "regrouped"
+    discrete = True
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated against each other."""
 
+from math import log
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,7 +16,7 @@ def rotary_angles(
 
     Angles are formed in float64: at position 1,000,000 a float32 angle is off by 0.06.
     """
-    rates = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=at.device) / dim)
+    rates = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64, device=at.device) * (-log(theta) / dim))
     angles = at[..., None] * rates
     wide = accumulator_dtype(dtype)
     return angles.cos().to(wide), angles.sin().to(wide)
@@ -23,7 +25,7 @@ def rotary_angles(
 def rotate(x: Float[Tensor, "B T H K"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T H K"]:
     """x with its first 2R features rotated pairwise, feature r with feature r + R; the rest is left as it is."""
     width = 2 * cos.shape[-1]
-    first, second = x[..., :width].to(cos.dtype).chunk(2, -1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    halves = x[..., :width].to(cos.dtype).unflatten(-1, (2, -1))
+    cos, sin = cos[..., None, None, :], torch.stack([-sin, sin], -2)[..., None, :, :]
+    turned = torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2).to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)

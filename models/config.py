@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
@@ -128,10 +130,14 @@ def find_layer(where: str, name: str) -> type[nn.Module]:
             raise UserError(f"{where}: there is no layer {name!r}; {nearest(name, known)}")
         return known[name]
     module_name, _, attribute = name.rpartition(".")
+    # Commands keep the current folder off the path, where a user's own module may well lie; last, it shadows nothing.
+    sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{where}: cannot import the layer {name!r}: {_one_line(error)}") from error
+    finally:
+        sys.path.pop()
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise UserError(f"{where}: {name!r} is no torch module class")
     return found

@@ -3,10 +3,10 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 
 import subquad
-from subquad.errors import UserError, nearest
+from subquad.arguments import dispatch
+from subquad.errors import UserError
 
 COMMANDS = {
     "train": ("subquad.train.cli", "train a model from a YAML configuration (train fit --config demo.yaml)"),
@@ -14,18 +14,9 @@ COMMANDS = {
     "eval": ("subquad.infer.evaluate", "bits per byte of a model on files"),
     "compare": ("subquad.compare.cli", "measured cost of layers and models against length"),
     "layers": ("subquad.compare.catalog", "the layers, or one layer's arguments, defaults and cost"),
+    "conformance": ("subquad.compare.conformance", "put a layer, also your own, through the contract's properties"),
     "doctor": ("subquad.compare.doctor", "versions, devices and backends, and a self-check of every op"),
 }
-
-USAGE = "\n".join(
-    [
-        "usage: subquad COMMAND [arguments]      subquad COMMAND --help      subquad --version",
-        "",
-        "Efficient sequence-model architectures: train them, run them, compare them.",
-        "",
-        *(f"  {name:8} {what}" for name, (_, what) in COMMANDS.items()),
-    ]
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,16 +30,11 @@ def infer(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    if argv[0] == "--version":
+    if argv[:1] == ["--version"]:
         print(f"subquad {subquad.__version__}")
         return 0
-    name, *rest = argv
-    if name not in COMMANDS:
-        raise UserError(f"subquad has no command {name!r}; {nearest(name, COMMANDS)}")
-    return import_module(COMMANDS[name][0]).main(rest) or 0
+    about = "Efficient sequence-model architectures: train them, run them, compare them. --version prints the version."
+    return dispatch("subquad", about, COMMANDS, argv)
 
 
 def _guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
