@@ -5,11 +5,10 @@ from there, each through the model's own forward. Speeds are tokens per second o
 that is shared; the two libraries take turns and the best of the repeats counts.
 """
 
-import csv
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from time import process_time
@@ -22,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from subquad.arguments import Parser
+from subquad.compare.output import csv_writer
 from subquad.errors import UserError, nearest
 from subquad.infer.output import check_output, write_atomically
 from subquad.models.lm import LM
@@ -190,26 +190,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in compare(known[name], given.d_model, given.tokens, given.new_tokens, given.repeat):  # noqa: B007
                 progress.advance(task)
             rows.append({"model": name, **row})
-    setting = {name: getattr(given, name) for name in ("tokens", "new_tokens", "d_model", "layers", "threads", "repeat")}
+    setting = {
+        name: getattr(given, name) for name in ("tokens", "new_tokens", "d_model", "layers", "threads", "repeat")
+    }
     setting |= {package: version(package) for package in ("torch", "transformers")}
     setting["machine"] = platform.machine()
     Console().print(_table(rows, setting))
     if given.csv:
-        write_atomically(given.csv, _csv_writer(rows), overwrite=given.overwrite)
+        write_atomically(given.csv, csv_writer(rows), overwrite=given.overwrite)
     if given.json:
         text = json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n"
         write_atomically(given.json, lambda path: path.write_text(text, encoding="utf-8"), overwrite=given.overwrite)
     return 0
-
-
-def _csv_writer(rows: list[Row]) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    return write
 
 
 def _table(rows: list[Row], setting: dict[str, Any]) -> Table:

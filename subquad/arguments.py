@@ -2,6 +2,8 @@
 
 import argparse
 import re
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 from subquad.errors import UserError, nearest
@@ -26,3 +28,19 @@ class Parser(argparse.ArgumentParser):
         if value < smallest:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {smallest}")
         return value
+
+
+def dispatch(prog: str, about: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str]) -> int:
+    """Run the `main(argv)` of the module that the first word of argv stands for; each loads only when it is asked for.
+
+    `commands` maps a word to (module, what it does). Without a word, or with --help, they are listed.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: {prog} COMMAND [arguments]      {prog} COMMAND --help\n\n{about}\n")
+        for name, (_, what) in commands.items():
+            print(f"  {name:8} {what}")
+        return 0
+    name, *rest = argv
+    if name not in commands:
+        raise UserError(f"{prog} has no command {name!r}; {nearest(name, commands)}")
+    return import_module(commands[name][0]).main(rest) or 0

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 import subquad
-from subquad import cli
+from subquad import arguments, cli
+from subquad.compare import cli as compare
 from subquad.errors import UserError
 
 SUBQUAD = Path(sys.executable).with_name("subquad")
@@ -36,17 +37,28 @@ def test_version():
     assert run("--version").stdout == f"subquad {subquad.__version__}\n"
 
 
-def test_misspelt_command():
-    done = run("trian")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: subquad has no command 'trian'; did you mean 'train'?\n"
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "subquad has no command 'trian'; did you mean 'train'?"),
+        (["compare", "layer"], "subquad compare has no command 'layer'; did you mean 'layers'?"),
+    ],
+)
+def test_misspelt_command(words, said):
+    done = run(*words)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {said}\n")
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_has_help(name, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([name, "--help"])
-    assert not stopped.value.code
+SUBCOMMANDS = [["train", "fit"], *(["compare", name] for name in compare.COMMANDS)]
+
+
+@pytest.mark.parametrize("words", [*([name] for name in cli.COMMANDS), *SUBCOMMANDS], ids=" ".join)
+def test_every_command_has_help(words, capsys):
+    try:
+        code = cli.main([*words, "--help"])
+    except SystemExit as stopped:  # argparse's way
+        code = stopped.code
+    assert not code
     assert "usage" in capsys.readouterr().out.lower()
 
 
@@ -69,13 +81,13 @@ def failing(error):
     [(UserError("no such thing"), 2, "error: no such thing\n"), (KeyboardInterrupt(), 130, "")],
 )
 def test_errors_of_commands(monkeypatch, capsys, error, code, said):
-    monkeypatch.setattr(cli, "import_module", lambda name: failing(error))
+    monkeypatch.setattr(arguments, "import_module", lambda name: failing(error))
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr().err == said
 
 
 def test_other_errors_are_not_hidden(monkeypatch):
-    monkeypatch.setattr(cli, "import_module", lambda name: failing(RuntimeError("a fault of ours")))
+    monkeypatch.setattr(arguments, "import_module", lambda name: failing(RuntimeError("a fault of ours")))
     with pytest.raises(RuntimeError, match="a fault of ours"):
         cli.main(["doctor"])
 

@@ -1,0 +1,14 @@
+"""`subquad compare`: one module a comparison, each with `main(argv)`."""
+
+from collections.abc import Sequence
+
+from subquad.arguments import dispatch
+
+COMMANDS = {
+    "layers": ("subquad.compare.layers", "time and state of layers against length, as a table and as curves"),
+    "cpu": ("subquad.compare.cpu", "tokens per CPU second of small models, against transformers"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    return dispatch("subquad compare", "Measured cost, in one run on this machine.", COMMANDS, argv)
