@@ -1,35 +1,21 @@
 """The zoo: token mixers and feed-forward layers, each with one signature and one op.
 
-y, state = layer(x, state=None, cu_seqlens=None)
+    y, state = layer(x, state=None, cu_seqlens=None)
 """
 
-from subquad.layers.attention import Attention
-from subquad.layers.base import Card, Layer
-from subquad.layers.gated_deltanet import GatedDeltaNet
-from subquad.layers.linear_attention import LinearAttention
-from subquad.layers.mamba import Mamba
-from subquad.layers.mamba2 import Mamba2
-from subquad.layers.mlp import MLP, SwiGLU
-from subquad.layers.moe import MoE
-
-__all__ = [
-    "MLP",
-    "Attention",
-    "Card",
-    "GatedDeltaNet",
-    "Layer",
-    "LinearAttention",
-    "Mamba",
-    "Mamba2",
-    "MoE",
-    "SwiGLU",
-]
+from subquad.layers.attention import Attention as Attention
+from subquad.layers.base import Card as Card
+from subquad.layers.base import Layer as Layer
+from subquad.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from subquad.layers.linear_attention import LinearAttention as LinearAttention
+from subquad.layers.mamba import Mamba as Mamba
+from subquad.layers.mamba2 import Mamba2 as Mamba2
+from subquad.layers.mlp import MLP as MLP
+from subquad.layers.mlp import SwiGLU as SwiGLU
+from subquad.layers.moe import MoE as MoE
 
 
 def available() -> dict[str, type[Layer]]:
-    """Every layer by name."""
-    return {
-        name: value
-        for name in __all__
-        if isinstance(value := globals()[name], type) and issubclass(value, Layer) and value is not Layer
-    }
+    """Every layer by name: the classes imported above."""
+    found = {n: c for n, c in globals().items() if isinstance(c, type) and issubclass(c, Layer) and c is not Layer}
+    return dict(sorted(found.items()))

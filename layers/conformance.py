@@ -9,9 +9,7 @@ In a test:
         conformance.PROPERTIES[prop](conformance.Subject(MyMixer))
 
 Each property is a function that raises AssertionError with one sentence, or NotApplicableError. The oracle is the
-`naive` form of the ops in float64;
-float64; errors are ||a - b|| / ||b||, and NaN fails. Layers without `init_state` pass or fail on the properties that
-concern them.
+`naive` form of the ops in float64; errors are ||a - b|| / ||b||, and NaN fails.
 """
 
 import copy
