@@ -4,6 +4,7 @@ import io
 import os
 import random
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """Training was asked to stop and did, with a checkpoint at `path`."""
+    """Training was asked to stop and did; `path` is the newest checkpoint, if there is one."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         super().__init__(f"stopped with checkpoint {path}")
         self.path = path
 
@@ -61,7 +62,7 @@ class RunCheckpoints(Checkpoint):
     def __init__(self, folder: Path, every: int, keep: int = 2):
         self.folder, self.every, self.keep = folder, every, keep
         self.saved_step = 0
-        self._asked_to_stop = False
+        self._asked_to_stop = self._stopping = False
         self._handlers: dict[int, Any] = {}
         self._random: dict[str, Any] | None = None
 
@@ -75,20 +76,26 @@ class RunCheckpoints(Checkpoint):
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._asked_to_stop:
-            raise KeyboardInterrupt
+            raise Stopped(newest(self.folder))
         self._asked_to_stop = True
+        os.write(2, b"\nstopping after this step (once more: at once, losing what follows the newest checkpoint)\n")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Between two updates gradients are being accumulated, which a checkpoint does not hold.
-        updated = not trainer.fit_loop._should_accumulate()
-        stop = self._asked_to_stop and updated
-        due = trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps
-        if stop or (due and updated):
-            path = self._save(trainer)
-        if stop:
-            raise Stopped(path)
+        if trainer.fit_loop._should_accumulate():  # the gradients so far are in no checkpoint
+            return
+        asked = trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False)  # one process may hear it first
+        if asked or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            self._save(trainer)
+        self._stopping = asked
+
+    def _stop(self, *args: Any) -> None:
+        # Not at once in on_train_batch_end, after which Lightning still logs the step.
+        if self._stopping:
+            raise Stopped(newest(self.folder))
+
+    on_train_batch_start = on_validation_start = on_train_epoch_end = _stop
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -96,23 +103,25 @@ class RunCheckpoints(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
-        # A second Ctrl-C can fall within an update, so what is in memory then is no state to go on from.
-        if trainer.training and not isinstance(exception, Stopped | KeyboardInterrupt | OSError | UserError):
+        # A failed disk would fail again, and after a signal in the middle of an update there is no whole state.
+        if trainer.training and not isinstance(exception, Stopped | OSError | UserError):
             self._save(trainer)
+            if path := newest(self.folder):
+                print(
+                    f"training failed; {path} holds its last whole step, and --resume goes on from it", file=sys.stderr
+                )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore_handlers()
 
-    def _save(self, trainer: Trainer) -> Path:
-        path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
+    def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self.saved_step:
-            return path
-        trainer.save_checkpoint(path)
+            return
+        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}.ckpt")
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink()
-        return path
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():

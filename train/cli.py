@@ -35,6 +35,7 @@ NOT_OURS_TO_HEED = (
     r".*`LightningCLI`'s args parameter.*",
     r".*Starting from v1.9.0, `tensorboardX`.*",
     r".*GPU available but not used.*",
+    r".*Please add the following callbacks: \['RunCheckpoints'\].*",  # validating needs none
 )
 CANNOT_WRITE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no space
@@ -125,20 +126,21 @@ class TrainCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         if not self.resuming:
-            if self.run_folder.exists():
-                shutil.rmtree(self.run_folder)
-            self.run_folder.mkdir(parents=True)
-            self._write_config()
+            self._make_run_folder()
         if self.progress.bar:
             text = f"{self.model.lm.n_parameters():,} parameters; {self.datamodule.describe()}"
             self.progress.console.print(text, highlight=False, soft_wrap=True)
 
-    def _write_config(self) -> None:
-        text = self._parser("fit").dump(self.config["fit"], skip_none=False, format="yaml")
-        values = yaml.safe_load(text)
-        for key in ("config", "overwrite", "resume"):
-            values.pop(key, None)
-        (self.run_folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    def _make_run_folder(self) -> None:
+        self._dump_config()
+        values = {k: v for k, v in self.config_dump.items() if k not in ("config", "overwrite", "resume")}
+        try:
+            if self.run_folder.exists():
+                shutil.rmtree(self.run_folder)
+            self.run_folder.mkdir(parents=True)
+            (self.run_folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {self.run_folder}: {error.strerror}") from error
 
     def fit(self, **kwargs: Any) -> None:
         path = newest(self.run_folder / "checkpoints") if self.resuming else None
@@ -223,7 +225,10 @@ def main(argv: Sequence[str]) -> int:
             load_from_checkpoint_support=False,
         )
     except Stopped as stop:
-        print(f"stopped and saved {stop.path}; go on with: subquad train fit --run {stop.path.parents[1]} --resume")
+        if stop.path is None:
+            print("stopped before there was anything to save")
+        else:
+            print(f"stopped; saved {stop.path}; go on with: subquad train fit --run {stop.path.parents[1]} --resume")
         return 130
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error

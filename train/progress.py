@@ -64,7 +64,6 @@ class RunProgress(Callback):
         self._paused = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since += time.monotonic() - self._paused
         self.validated_step = trainer.global_step
         if trainer.is_global_zero and trainer.state.fn == "fit":
             for logger in trainer.loggers:
@@ -73,6 +72,7 @@ class RunProgress(Callback):
             if self.bar and self.display is None:
                 bpb = float(trainer.callback_metrics["val/bpb"])
                 self.console.print(f"step {trainer.global_step}: validation {bpb:.3f} bits/byte", highlight=False)
+        self._since += time.monotonic() - self._paused
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
@@ -86,7 +86,7 @@ class RunProgress(Callback):
             self.display = None
 
 
-def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, float]]:
+def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, int | float]]:
     """The logged rows of a run, up to a step; a row that a killed process left half-written is left out."""
     rows = []
     path = run / "metrics" / "metrics.csv"
@@ -96,7 +96,8 @@ def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, floa
         for texts in csv.DictReader(file):
             with suppress(ValueError, TypeError):
                 row = {name: float(text) for name, text in texts.items() if text != ""}
-                if "step" in row and (last_step is None or row["step"] <= last_step):
+                row["step"] = int(texts["step"])
+                if last_step is None or row["step"] <= last_step:
                     rows.append(row)
     return rows
 

@@ -15,8 +15,8 @@ IGNORED = -100  # a target that no loss is taken of
 class Carry(NamedTuple):
     """How the M sequences of a row continue those of the row before, for truncated backpropagation.
 
-    continues [M]: the sequence goes on from its stream's state; otherwise it starts a document. stream [M]: which stream
-    it is of. last [N]: the last sequence of each stream, whose state is carried on.
+    continues [M]: the sequence goes on from its stream's state; otherwise it starts a document. stream [M]: which
+    stream it is of. last [N]: the last sequence of each stream, whose state is carried on.
     """
 
     continues: Tensor

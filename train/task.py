@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from subquad.errors import UserError
+from subquad.kernels.state import accumulator_dtype
 from subquad.models.config import LMConfig
 from subquad.models.lm import LM, LMState
 from subquad.train.rows import IGNORED, Batch, Carry
@@ -80,9 +81,9 @@ class LanguageModeling(LightningModule):
         x, state, shared = self.lm.hidden(batch.tokens, state, batch.cu_seqlens)
         if batch.carry is not None:
             self.carried[stage] = tree_map(lambda t: t.detach().index_select(0, batch.carry.last), state)
-        total = F.cross_entropy(
-            self.lm.head(x).flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        logits = self.lm.head(x)[0]
+        logits = logits.to(accumulator_dtype(logits.dtype))
+        total = F.cross_entropy(logits, batch.targets[0], ignore_index=IGNORED, reduction="sum")
         return total, (batch.targets != IGNORED).sum(), shared
 
     def _begin(self, carry: Carry, stage: str) -> LMState:
