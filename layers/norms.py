@@ -1,5 +1,8 @@
 """Norms, computed in at least float32 whatever surrounds them."""
 
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +19,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         wide = accumulator_dtype(x.dtype)
         if self.n_groups == 1:
+            if x.dtype == self.weight.dtype == wide:  # nothing to cast: at one token a cast that does nothing counts
+                return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
             return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x.dtype)
         parts = x.to(wide).unflatten(-1, (self.n_groups, -1))
         return (F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(wide)).to(x.dtype)
@@ -24,3 +29,24 @@ class RMSNorm(nn.RMSNorm):
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last dimension: keys of (almost) unit length, zero for zero."""
     return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+
+
+class GroupNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias, mean and variance over each of `n_groups` equal parts of the last
+    dimension; `affine` "none" leaves out weight and bias, "weight" the bias."""
+
+    def __init__(
+        self, width: int, n_groups: int, *, eps: float = 1e-5, affine: Literal["none", "weight", "all"] = "all"
+    ):
+        super().__init__()
+        self.n_groups, self.eps = n_groups, eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine != "none" else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine == "all" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = accumulator_dtype(x.dtype)
+        parts = x.to(wide).unflatten(-1, (self.n_groups, -1))
+        y = F.layer_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
+        if self.weight is not None:
+            y = y * self.weight.to(wide)
+        return (y if self.bias is None else y + self.bias.to(wide)).to(x.dtype)

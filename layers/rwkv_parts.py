@@ -1,0 +1,91 @@
+"""What the RWKV layers share: the mix with the token before, low-rank maps, and initial values that follow from depth.
+
+Initial values are those of the RWKV papers' code: l is the layer's index of L, i a channel of D.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from subquad.kernels.short_conv import shift
+from subquad.layers.base import no_weight_decay, own_init
+
+ACTIVATIONS = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+
+
+class TokenShift(nn.Module):
+    """x_t + (x_{t-1} - x_t) * mu_s for each stream s: mu_s [D] is the share of the token before.
+
+    Initially mu_s = 1 - (i/D)^(p_s (1 - l/L)) - lift_s l/(L-1).
+
+    powers: p_s, one a stream. lifts: lift_s, zero by default.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        powers: Sequence[float],
+        *,
+        lifts: Sequence[float] | None = None,
+        layer_idx: int = 0,
+        n_layers: int = 1,
+    ):
+        super().__init__()
+        channel = torch.arange(d_model) / d_model
+        lift = torch.tensor(lifts or [0.0] * len(powers))[:, None] * relative_depth(layer_idx, n_layers)
+        mu = 1 - channel ** (torch.tensor(powers)[:, None] * (1 - layer_idx / n_layers)) - lift
+        self.mu = no_weight_decay(nn.Parameter(mu))
+
+    def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """x [B, T, D], state [N, 1, D] -> (one [B, T, D] a stream, the new state or None)."""
+        before, state = shift(x, state=state, cu_seqlens=cu_seqlens)
+        change = before - x
+        return [x + change * mu for mu in self.mu.to(x.dtype)], state
+
+
+class LowRank(nn.Module):
+    """bias + act(x A) B with A [D, R] zero at first, so that it starts from its bias.
+
+    activation: "none", "tanh" or "sigmoid". bias: initial values [width], None for no bias.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        rank: int,
+        width: int,
+        *,
+        activation: Literal["none", "tanh", "sigmoid"] = "none",
+        bias: Tensor | None = None,
+    ):
+        super().__init__()
+        self.down = own_init(nn.Linear(d_model, rank, bias=False))
+        self.up = own_init(nn.Linear(rank, width, bias=False))
+        nn.init.zeros_(self.down.weight)
+        nn.init.uniform_(self.up.weight, -0.01, 0.01)
+        self.activation = ACTIVATIONS[activation]
+        self.bias = None if bias is None else no_weight_decay(nn.Parameter(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The bias is added outside of the product, so that autocast leaves it in float32.
+        y = self.up(self.activation(self.down(x)))
+        return y if self.bias is None else y + self.bias
+
+
+def relative_depth(layer_idx: int, n_layers: int) -> float:
+    """l / (L - 1): 0 in the first layer, 1 in the last."""
+    return layer_idx / max(n_layers - 1, 1)
+
+
+def initial_decay(width: int, layer_idx: int, n_layers: int, low: float = -6.0, span: float = 5.0) -> Tensor:
+    """w of the decay exp(-exp(w)): low + span (i/(width-1))^(0.7 + 1.3 l/(L-1))."""
+    channel = torch.arange(width) / max(width - 1, 1)
+    return low + span * channel ** (0.7 + 1.3 * relative_depth(layer_idx, n_layers))
+
+
+def initial_bonus(width: int, layer_idx: int, n_layers: int) -> Tensor:
+    """u: l/(L-1) (1 - i/(width-1)), plus -0.1, 0 or 0.1 in turn."""
+    i = torch.arange(width)
+    return relative_depth(layer_idx, n_layers) * (1 - i / max(width - 1, 1)) + ((i + 1) % 3 - 1) * 0.1
