@@ -304,7 +304,7 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> Tensor:
         tokens = torch.as_tensor(np.array(prompt) if isinstance(prompt, np.ndarray) else prompt)
         if tokens.dim() != 1 or (tokens.numel() and (tokens.is_floating_point() or tokens.dtype == torch.bool)):
             raise UserError(f"a prompt of tokens is a vector of integers; got {tokens.dtype} {tuple(tokens.shape)}")
-        tokens = tokens.cpu()
+        tokens = tokens.cpu().long()  # a uint8 tensor takes 256 for 0 where it is compared with it
     if not tokens.numel():
         raise UserError("the prompt is empty; give at least one token to go on from")
     if tokens.min() < 0 or tokens.max() >= vocab_size:
