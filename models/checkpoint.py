@@ -30,7 +30,7 @@ def save(model: LM, folder: str | Path, *, tokenizer: Any = None, overwrite: boo
     if folder.exists():
         if not overwrite:
             raise UserError(f"{folder} exists; pass overwrite (--overwrite) to replace it")
-        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).exists()):
+        if not folder.is_dir() or (any(folder.iterdir()) and not _holds_model(folder)):
             raise UserError(f"{folder} exists and holds no model of subquad, so it will not be replaced")
     values = {"format": "subquad", "version": subquad.__version__, "lm": model.config.to_dict()}
     values["tokenizer"] = "bytes" if tokenizer is None else tokenizer.kind
@@ -38,7 +38,8 @@ def save(model: LM, folder: str | Path, *, tokenizer: Any = None, overwrite: boo
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            save_file(_tensors(model), partial / WEIGHTS, metadata={"format": "pt"})
+            tensors = {name: tensor.contiguous() for name, tensor in _tensors(model).items()}
+            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
             (partial / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save(partial)
@@ -46,7 +47,11 @@ def save(model: LM, folder: str | Path, *, tokenizer: Any = None, overwrite: boo
             if folder.exists():
                 old = partial.with_name(partial.name + ".old")
                 os.replace(folder, old)
-                os.replace(partial, folder)
+                try:
+                    os.replace(partial, folder)
+                except OSError:
+                    os.replace(old, folder)
+                    raise
                 shutil.rmtree(old)
             else:
                 os.replace(partial, folder)
@@ -97,8 +102,16 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, tensor in model.state_dict().items():
         if (tensor.data_ptr(), tensor.shape) not in seen or tensor.numel() == 0:
             seen.add((tensor.data_ptr(), tensor.shape))
-            kept[name] = tensor.contiguous()
+            kept[name] = tensor
     return kept
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether subquad wrote this folder: other libraries call their file config.json too."""
+    try:
+        return read_mapping(folder / CONFIG).get("format") == "subquad"
+    except UserError:
+        return False
 
 
 def _fill(model: nn.Module, path: Path) -> None:

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
+from math import isfinite
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from beartype import BeartypeConf
@@ -50,6 +51,9 @@ class LMConfig:
         for name in ("d_model", "vocab_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("norm_eps", "init_std"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not self.blocks:
             raise UserError("blocks is empty; give at least one stage, such as blocks: [{pattern: [{mixer: Mamba2}]}]")
         for i, stage in enumerate(self.blocks):
@@ -115,11 +119,18 @@ def build_layer(where: str, spec: str | Spec, *, d_model: int, layer_idx: int, n
     hints = get_type_hints(cls.__init__)
     for key, value in arguments.items():
         _check_type(f"{where}.{key}", value, hints.get(key, Any))
+        if "." not in name:
+            _check_count(f"{where}.{key}", value, parameters[key].default)
     given = {"d_model": d_model, "layer_idx": layer_idx, "n_layers": n_layers}
     try:
         return cls(**{k: v for k, v in given.items() if k in parameters}, **arguments)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    except (ArithmeticError, RuntimeError, ValueError) as error:  # what torch says to shapes that cannot be
+        values = ", ".join(f"{key} {value!r}" for key, value in arguments.items())
+        raise UserError(
+            f"{where}: {name} cannot be built with {values or 'its defaults'}: {_one_line(error)}"
+        ) from error
 
 
 def find_layer(where: str, name: str) -> type[nn.Module]:
@@ -173,12 +184,25 @@ def _check_keys(where: str, given: Spec, allowed: list[str]) -> None:
 
 
 def _check_type(where: str, value: Any, hint: Any) -> None:
-    right = is_bearable(value, hint, conf=_NUMBERS) and not (isinstance(value, bool) and not is_bearable(True, hint))
-    if not right:
+    if not is_bearable(value, hint, conf=_NUMBERS) or (isinstance(value, bool) and not _takes_bool(hint)):
         wanted = (
             hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("Literal", "one of ")
         )
         raise UserError(f"{where} is {value!r} ({type(value).__name__}); it must be {wanted}")
+    if isinstance(value, float) and not isfinite(value):
+        raise UserError(f"{where} is {value}; it must be a finite number")
+
+
+def _takes_bool(hint: Any) -> bool:
+    """Whether a truth value may stand there; for Python it is an int as well."""
+    return hint in (Any, bool) or any(_takes_bool(part) for part in get_args(hint))
+
+
+def _check_count(where: str, value: Any, default: Any) -> None:
+    """The whole numbers of our layers are counts and widths: none is negative, and 0 only where it is the default."""
+    smallest = 0 if default == 0 else 1
+    if isinstance(value, int) and not isinstance(value, bool) and value < smallest:
+        raise UserError(f"{where} is {value}; it must be at least {smallest}")
 
 
 def _one_line(error: Exception) -> str:

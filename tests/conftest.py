@@ -18,7 +18,8 @@ import jaxtyping
 
 UNCHECKED = os.environ.get("SUBQUAD_TEST_UNCHECKED") == "1"
 if not UNCHECKED:
-    jaxtyping.install_import_hook("subquad", "beartype.beartype")
+    # As for type checkers, an int may stand where a float is asked for.
+    jaxtyping.install_import_hook("subquad", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import numpy as np
 import pytest

@@ -1,0 +1,247 @@
+"""A model on disk: what is saved comes back, what does not fit is refused by name, and nothing is ever half there."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import subquad
+from subquad.errors import UserError
+from subquad.models import checkpoint
+from subquad.models.checkpoint import fingerprint, load, save
+from subquad.models.lm import LM
+from subquad.models.tokenizer import ByteTokenizer
+
+BLOCKS = [
+    {"pattern": [{"mixer": "Mamba2", "ffn": "SwiGLU"}, {"mixer": {"name": "Attention", "window": 4}, "ffn": "MoE"}]}
+]
+
+
+def model(**changes):
+    return LM.from_config({"d_model": 32, "vocab_size": 17, "blocks": BLOCKS} | changes)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_round_trip(tmp_path, tie):
+    saved = model(tie_embeddings=tie).eval()
+    folder = save(saved, tmp_path / "deep" / "model")
+    assert set(contents(folder)) == {"config.json", "model.safetensors"}
+    loaded = load(folder)
+    assert not loaded.training
+    tokens = torch.randint(17, (2, 9))
+    assert torch.equal(loaded(tokens)[0], saved(tokens)[0])
+    assert (loaded.head.weight is loaded.embedding.weight) == tie
+    assert loaded.n_parameters() == saved.n_parameters()
+    assert fingerprint(loaded) == fingerprint(saved)
+
+
+def test_tied_weights_are_written_once(tmp_path):
+    tied, untied = (save(model(tie_embeddings=tie), tmp_path / str(tie)) for tie in (True, False))
+    names = [set(load_file(folder / "model.safetensors")) for folder in (tied, untied)]
+    assert names[1] - names[0] == {"head.weight"}
+    assert names[0] < names[1]
+
+
+def test_non_contiguous_weights_come_back(tmp_path):
+    saved = model()
+    weight = saved.blocks[0].mixer.in_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+    loaded = load(save(saved, tmp_path / "model"))
+    assert torch.equal(loaded.blocks[0].mixer.in_proj.weight, weight)
+
+
+def test_load_converts(tmp_path):
+    loaded = load(save(model(), tmp_path / "model"), dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_fingerprints_tell_weights_and_configurations_apart():
+    first = model()
+    before = fingerprint(first)
+    assert fingerprint(first) == before
+    with torch.no_grad():
+        first.norm.weight[3] += 1e-3
+    assert fingerprint(first) != before
+    torch.manual_seed(0)
+    one = model(norm_eps=1e-5)
+    torch.manual_seed(0)
+    assert fingerprint(model(norm_eps=1e-6)) != fingerprint(one)
+
+
+def test_the_public_names(tmp_path):
+    folder = save(model(), tmp_path / "model", tokenizer=ByteTokenizer())
+    assert json.loads((folder / "config.json").read_text())["version"] == subquad.__version__
+    assert isinstance(subquad.load(folder), subquad.LM)
+
+
+# What does not fit.
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save(model(), tmp_path / "model")
+
+
+def refused(folder, *said):
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    assert all(part in str(caught.value) for part in said), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_folder(tmp_path):
+    refused(tmp_path / "none", "there is no model folder", "none")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_is_missing(saved, name):
+    (saved / name).unlink()
+    refused(saved, str(saved), f"it has no {name}")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -1])
+def test_truncated_weights(saved, kept):
+    path = saved / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept) if isinstance(kept, float) else kept])
+    refused(saved, str(path), "is damaged or no safetensors file")
+
+
+def test_truncated_configuration(saved):
+    path = saved / "config.json"
+    path.write_text(path.read_text()[:50])
+    refused(saved, str(path), "no valid JSON")
+
+
+def test_a_foreign_configuration(saved):
+    (saved / "config.json").write_text(json.dumps({"model_type": "mamba2", "hidden_size": 32}))
+    refused(saved, "config.json was not written by subquad")
+
+
+def test_a_foreign_file_of_weights(saved):
+    (saved / "model.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    refused(saved, "is damaged or no safetensors file")
+
+
+def changed(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_a_missing_tensor_is_named(saved):
+    changed(saved, lambda tensors: [tensors.pop(name) for name in ("norm.weight", "embedding.weight")])
+    refused(saved, "tensor 'embedding.weight' is missing")
+
+
+def test_an_extra_tensor_is_named(saved):
+    changed(saved, lambda tensors: tensors.update(extra=torch.zeros(1)))
+    refused(saved, "tensor 'extra' is not part of the model")
+
+
+def test_a_wrong_shape_is_named(saved):
+    changed(saved, lambda tensors: tensors.update({"norm.weight": torch.zeros(31)}))
+    refused(saved, "'norm.weight' is (31,), the model needs (32,)")
+
+
+def test_an_unknown_layer_in_the_configuration(saved):
+    path = saved / "config.json"
+    path.write_text(path.read_text().replace('"Mamba2"', '"Mamba7"'))
+    refused(saved, "there is no layer 'Mamba7'")
+
+
+# Overwriting, and failing while writing.
+
+
+def test_an_existing_folder_is_refused(saved):
+    before = contents(saved)
+    with pytest.raises(UserError, match=r"model exists; pass overwrite \(--overwrite\)"):
+        save(model(), saved)
+    assert contents(saved) == before
+
+
+def test_overwrite_replaces_a_model(saved):
+    new = model(tie_embeddings=False)
+    save(new, saved, overwrite=True)
+    assert fingerprint(load(saved)) == fingerprint(new)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_overwrite_takes_an_empty_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    save(model(), tmp_path / "model", overwrite=True)
+    load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("file", ["thesis.tex", "config.json"])
+def test_overwrite_spares_what_is_no_model_of_ours(tmp_path, file):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / file).write_text('{"model_type": "mamba2"}')
+    with pytest.raises(UserError, match="holds no model of subquad, so it will not be replaced"):
+        save(model(), folder, overwrite=True)
+    assert set(contents(folder)) == {file}
+
+
+def test_overwrite_spares_a_file(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="will not be replaced"):
+        save(model(), tmp_path / "file", overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def no_space(*arguments, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failing_write_leaves_the_old_model(saved, monkeypatch):
+    before = contents(saved)
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    with pytest.raises(UserError, match=r"cannot write the model to .*: No space left on device"):
+        save(model(), saved, overwrite=True)
+    assert contents(saved) == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    with pytest.raises(UserError, match="No space left"):
+        save(model(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_exchange_puts_the_old_model_back(saved, monkeypatch):
+    before, replace, calls = contents(saved), os.replace, []
+
+    def second_fails(source, target):
+        calls.append(source)
+        return no_space() if len(calls) == 2 else replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", second_fails)
+    with pytest.raises(UserError, match="No space left"):
+        save(model(), saved, overwrite=True)
+    assert contents(saved) == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_tokenizer_that_fails_to_save(tmp_path):
+    class Failing(ByteTokenizer):
+        def save(self, folder):
+            no_space()
+
+    with pytest.raises(UserError, match="No space left"):
+        save(model(), tmp_path / "model", tokenizer=Failing())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot write the model to"):
+        save(model(), tmp_path / "file" / "model")
