@@ -252,6 +252,11 @@ def _scan(r: Draw) -> Iterator[Case]:
     yield "complex", {"a": turning, "b": r.normal(r.B, r.T, D, dtype=wide)}, {}, r.normal(r.N, D, dtype=wide)
 
 
+def _running_max(r: Draw) -> Iterator[Case]:
+    D = 5
+    yield "plain", {"f": r.gate(r.B, r.T, D), "i": 3 * r.tokens(D)}, {"initial": -1.5}, 3 * r.normal(r.N, D)
+
+
 def _selective_scan(r: Draw) -> Iterator[Case]:
     D, N = 6, 4
     inputs = {"x": r.tokens(D), "dt": r.uniform(r.B, r.T, D), "A": -2 * r.uniform(D, N)}
@@ -263,6 +268,7 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "delta_rule": _delta_rule,
     "grouped_mlp": _grouped_mlp,
     "linear_attention": _linear_attention,
+    "running_max": _running_max,
     "scan": _scan,
     "selective_scan": _selective_scan,
     "short_conv": _short_conv,
