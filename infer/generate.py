@@ -7,6 +7,7 @@ adds text, stop strings and samples around them, and `generate` is that in one c
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class Context:
     generators: list[torch.Generator]
     finished: list[bool]
     live: list[int] = field(init=False)
-    parked: dict[int, LMState | None] = field(init=False, default_factory=dict)
+    parked: dict[int, LMState] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.live = list(range(len(self.unread)))
@@ -93,17 +94,20 @@ class Context:
         if stay == self.live:
             return
         for row, i in enumerate(self.live):
-            if self.finished[i]:
-                self.parked[i] = select(self.state, [row]) if park else None
+            if park and self.finished[i]:
+                self.parked[i] = select(self.state, [row])
         self.state = select(self.state, [self.live.index(i) for i in stay])
         self.live = stay
 
     def whole(self) -> LMState:
         """The state of all sequences, those that ended too."""
-        if not self.parked:
+        n = len(self.unread)
+        if len(self.live) == n:
             return self.state
         parts = {i: select(self.state, [row]) for row, i in enumerate(self.live)} | self.parked
-        return concatenate([parts[i] for i in range(len(self.unread))])
+        if len(parts) < n:
+            raise UserError("the states of sequences that ended were not kept; decode with park=True to have them all")
+        return concatenate([parts[i] for i in range(n)])
 
     def fork(self, n: int, seeds: list[int]) -> "Context":
         """Each sequence n times, from one reading of its prompt."""
@@ -184,9 +188,10 @@ def decode(
 
 
 class Generation:
-    """Text from a context: `prefill()` reads the prompts, then iterating gives (sequence, text) as it comes.
+    """Text from a context whose prompts are read: iterating gives (sequence, text) as it comes.
 
-    Either may be left off at any point; `context` is then where it stands, and `texts` what was generated.
+    It may be left off between any two: `context` is then where it stands, `texts` is what was generated, and `finish`
+    gives what was held back.
     """
 
     def __init__(
@@ -273,7 +278,8 @@ def generate(
         model = load(model)
     tokenizer = _tokenizer_of(model, tokenizer)
     single = isinstance(prompts, str | bytes | Tensor | np.ndarray) or (bool(prompts) and isinstance(prompts[0], int))
-    rows = [encode(tokenizer, p, model.config.vocab_size) for p in ([prompts] if single else prompts)]
+    several = cast(Sequence[Prompt], [prompts] if single else prompts)
+    rows = [encode(tokenizer, p, model.config.vocab_size) for p in several]
     if not rows:
         raise UserError("there is no prompt; give at least one")
     training = model.training

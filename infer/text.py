@@ -16,15 +16,16 @@ class TextStream:
         self.decode = tokenizer.decoder(list(before))
         self.stop = stop
         self.held = ""
-        self.stopped = False
+        self.stopped = self.finished = False
 
     def push(self, token: int) -> str:
         return self._release(self.decode(token))
 
     def finish(self) -> str:
-        """What is still held when no more tokens come."""
-        if self.stopped:
+        """What is still held when no more tokens come; nothing when asked again."""
+        if self.stopped or self.finished:
             return ""
+        self.finished = True
         text = self._release(self.decode(None)) + self.held
         self.held = ""
         return text

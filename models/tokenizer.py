@@ -33,7 +33,8 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """Every byte is a token; any file is valid input."""
 
-    kind, vocab_size, eos_id = "bytes", 256, None
+    kind, vocab_size = "bytes", 256
+    eos_id: int | None = None
 
     def encode(self, text: str | bytes) -> list[int]:
         return list(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text)
@@ -88,18 +89,17 @@ class HFTokenizer:
     def decoder(self, before: list[int]) -> Callable[[int | None], str]:
         from tokenizers.decoders import DecodeStream
 
-        stream, held = DecodeStream(ids=before, skip_special_tokens=False), []
+        stream = DecodeStream(ids=before, skip_special_tokens=False)
+        held: list[int] = []
 
         def push(token: int | None) -> str:
             if token is None:
-                piece = self.decode_bytes(held).decode() if held else ""
-            else:
-                held.append(token)
-                piece = stream.step(self.tokenizer.backend_tokenizer, token)
-            if piece is None:
-                return ""
-            held.clear()
-            return piece
+                return self.decode_bytes(held).decode() if held else ""
+            held.append(token)
+            piece = stream.step(self.tokenizer.backend_tokenizer, token)
+            if piece is not None:
+                held.clear()
+            return piece or ""
 
         return push
 

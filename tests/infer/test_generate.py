@@ -104,10 +104,21 @@ def test_a_sequence_that_ends_leaves_the_others_alone(model, tmp_path):
                 atol=1e-11,
                 msg=path,
             )
+    assert context.finished == [True, True, True, True] and len(context.live) < 4
     context.save(tmp_path / "s")
     again = Context.load(tmp_path / "s", model, max_new_tokens=5)
     assert again.finished == [True, True, True, True]
     assert list(decode(again, Sampling(), 5)) == []
+
+
+def test_a_state_that_was_let_go_is_not_made_up(models, tmp_path):
+    context = Context.start(models["linear"], [torch.tensor([1, 2]), torch.tensor([3])], [5, 6], 3)
+    list(context.read())
+    for _ in decode(context, Sampling(), 3):
+        context.finished[0] = True
+    with pytest.raises(UserError, match="decode with park=True"):
+        context.save(tmp_path / "s")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_end_token_ends_a_text_and_is_not_part_of_it(models):
