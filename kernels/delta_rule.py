@@ -90,15 +90,17 @@ def _chunked(q, k, v, beta, g, S, cu_seqlens):
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     right = torch.cat([b * vc, b * (kc * from_start)], -1)
     solved = torch.linalg.solve_triangular(A + eye, right, upper=False, unitriangular=True)
-    fresh, erase = solved.split([v.shape[-1], k.shape[-1]], -1)
-    k_end = (kc * to_end).transpose(-1, -2)
+    # Unbound once: the gradient of each fresh[:, i] would be a zero tensor of the whole, quadratic in T.
+    fresh, erase = (x.unbind(1) for x in solved.split([v.shape[-1], k.shape[-1]], -1))
+    k_end = (kc * to_end).transpose(-1, -2).unbind(1)
+    whole = None if decay is None else decay.whole.unbind(1)
     writes = []
 
     def step(i: int, S: Tensor) -> Tensor:
-        u = fresh[:, i] - erase[:, i] @ S
+        u = fresh[i] - erase[i] @ S
         writes.append(u)
-        added = k_end[:, i] @ u
-        return S + added if decay is None else torch.addcmul(added, decay.whole[:, i], S)
+        added = k_end[i] @ u
+        return S + added if whole is None else torch.addcmul(added, whole[i], S)
 
     before, last = chunks.carry(S, step)
     out = (qc * from_start) @ before

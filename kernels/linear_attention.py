@@ -141,8 +141,12 @@ def _chunked(q, k, v, g, S, exclusive, u, cu_seqlens):
         scaled = vc if decay is None else vc * decay.to_end[..., None]
         added = _ungroup(kc.transpose(-1, -2) @ _group(scaled, G), H)
 
+    # Unbound once: the gradient of each added[:, i] would be a zero tensor of the whole, quadratic in T.
+    added = added.unbind(1)
+    whole = None if decay is None else decay.whole.unbind(1)
+
     def step(i: int, S: Tensor) -> Tensor:
-        return S + added[:, i] if decay is None else torch.addcmul(added[:, i], decay.whole[:, i], S)
+        return S + added[i] if whole is None else torch.addcmul(added[i], whole[i], S)
 
     before, last = chunks.carry(S, step)
     if vector:
