@@ -85,7 +85,8 @@ class RunCheckpoints(Checkpoint):
     ) -> None:
         if trainer.fit_loop._should_accumulate():  # the gradients so far are in no checkpoint
             return
-        asked = trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False)  # one process may hear it first
+        # One process of several may hear it first.
+        asked = trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False)
         if asked or trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self._save(trainer)
         self._stopping = asked
