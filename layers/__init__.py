@@ -1,18 +1,23 @@
 """The zoo: token mixers and feed-forward layers, each with one signature and one op.
 
-    y, state = layer(x, state=None, cu_seqlens=None)
+y, state = layer(x, state=None, cu_seqlens=None)
 """
 
 from subquad.layers.attention import Attention as Attention
 from subquad.layers.base import Card as Card
 from subquad.layers.base import Layer as Layer
 from subquad.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from subquad.layers.gated_short_conv import GatedShortConv as GatedShortConv
 from subquad.layers.linear_attention import LinearAttention as LinearAttention
 from subquad.layers.mamba import Mamba as Mamba
 from subquad.layers.mamba2 import Mamba2 as Mamba2
 from subquad.layers.mlp import MLP as MLP
 from subquad.layers.mlp import SwiGLU as SwiGLU
 from subquad.layers.moe import MoE as MoE
+from subquad.layers.parallel import Parallel as Parallel
+from subquad.layers.rwkv5 import RWKV5 as RWKV5
+from subquad.layers.rwkv6 import RWKV6 as RWKV6
+from subquad.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 
 
 def available() -> dict[str, type[Layer]]:

@@ -1,16 +1,31 @@
-"""What the RWKV layers share: the mix with the token before, low-rank maps, and initial values that follow from depth.
+"""What the RWKV layers share: the mix with the token before, low-rank maps, initial values that follow from depth, and
+the time mixing with a matrix state.
 
 Initial values are those of the RWKV papers' code: l is the layer's index of L, i a channel of D.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from subquad.kernels.linear_attention import linear_attention
+from subquad.kernels.packing import mask_padding
 from subquad.kernels.short_conv import shift
-from subquad.layers.base import no_weight_decay, own_init
+from subquad.kernels.state import Recurrent, accumulator_dtype
+from subquad.layers.base import (
+    Layer,
+    check_divides,
+    default_head_dim,
+    no_weight_decay,
+    own_init,
+    residual_linear,
+    silu_gated,
+    state_dtype,
+)
+from subquad.layers.norms import GroupNorm
 
 ACTIVATIONS = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
 
@@ -89,3 +104,56 @@ def initial_bonus(width: int, layer_idx: int, n_layers: int) -> Tensor:
     """u: l/(L-1) (1 - i/(width-1)), plus -0.1, 0 or 0.1 in turn."""
     i = torch.arange(width)
     return relative_depth(layer_idx, n_layers) * (1 - i / max(width - 1, 1)) + ((i + 1) % 3 - 1) * 0.1
+
+
+class MatrixWKVState(NamedTuple):
+    shift: Recurrent  # [N, 1, D]
+    S: Recurrent  # [N, H, K, K]
+
+
+class MatrixWKV(Layer):
+    """The time mixing of RWKV-5 and 6, which differ in how they mix tokens and in their decay.
+
+    A layer built on it gives `token_shift`, whose streams are r, k, v, z and whatever `log_decay` takes.
+    """
+
+    token_shift: nn.Module
+
+    def __init__(self, d_model: int, head_dim: int | None, layer_idx: int, n_layers: int, norm_eps: float):
+        super().__init__()
+        self.head_dim = head_dim or default_head_dim(d_model)
+        check_divides(self, "head_dim", self.head_dim, "d_model", d_model)
+        self.n_heads = d_model // self.head_dim
+        self.r_proj, self.k_proj, self.v_proj, self.z_proj = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+        bonus = initial_bonus(d_model, layer_idx, n_layers).unflatten(0, (self.n_heads, -1))
+        self.bonus = no_weight_decay(nn.Parameter(bonus))
+        self.norm = GroupNorm(d_model, self.n_heads, eps=norm_eps)
+        self.o_proj = residual_linear(d_model, d_model)
+
+    def log_decay(self, *streams: Tensor) -> Tensor:
+        """g <= 0, [H, K] or [B, T, H, K], at least float32."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: MatrixWKVState | None = None,
+        cu_seqlens: Int[Tensor, "M"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], MatrixWKVState | None]:
+        shift, S = state if state is not None else (None, None)
+        (x_r, x_k, x_v, x_z, *rest), shift = self.token_shift(x, shift, cu_seqlens)
+        r, k, v = (
+            p(t).unflatten(-1, (self.n_heads, -1))
+            for p, t in ((self.r_proj, x_r), (self.k_proj, x_k), (self.v_proj, x_v))
+        )
+        g = self.log_decay(*rest)
+        o, S = linear_attention(r, k, v, g, exclusive=True, bonus=self.bonus, state=S, cu_seqlens=cu_seqlens)
+        y = self.o_proj(silu_gated(self.norm(o.flatten(-2)), self.z_proj(x_z)))
+        return mask_padding(y, cu_seqlens), None if state is None else MatrixWKVState(shift, S)
+
+    def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> MatrixWKVState:
+        """The state before any token; its size does not depend on max_len."""
+        dtype, weight = state_dtype(self, dtype), self.r_proj.weight
+        shift = torch.zeros(batch_size, 1, weight.shape[1], dtype=dtype, device=weight.device)
+        shape = (batch_size, self.n_heads, self.head_dim, self.head_dim)
+        return MatrixWKVState(shift, torch.zeros(shape, dtype=accumulator_dtype(dtype), device=weight.device))
