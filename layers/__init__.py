@@ -18,6 +18,7 @@ from subquad.layers.mlp import SwiGLU as SwiGLU
 from subquad.layers.moe import MoE as MoE
 from subquad.layers.parallel import Parallel as Parallel
 from subquad.layers.rglru import RGLRU as RGLRU
+from subquad.layers.rwkv4 import RWKV4 as RWKV4
 from subquad.layers.rwkv5 import RWKV5 as RWKV5
 from subquad.layers.rwkv6 import RWKV6 as RWKV6
 from subquad.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
