@@ -157,9 +157,9 @@ class TrainCLI(LightningCLI):
             bpb = trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0]["val/bpb"]
         if not trainer.is_global_zero:
             return
-        draw_curve(run)
-        checkpoint.save(self.model.lm, run / "model", tokenizer=self.datamodule.tokenizer, overwrite=True)
         gzip = self.datamodule.gzip_bits_per_byte("val")
+        draw_curve(run, gzip)
+        checkpoint.save(self.model.lm, run / "model", tokenizer=self.datamodule.tokenizer, overwrite=True)
         print(f"validation after {step} steps: {float(bpb):.3f} bits per byte (gzip -9 of the same text: {gzip:.3f})")
         print(f"trained for {self.progress.training_seconds:.0f} s; curve {run}/curve.png, model {run}/model")
 

@@ -102,8 +102,8 @@ def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, int 
     return rows
 
 
-def draw_curve(run: Path) -> Path | None:
-    """curve.png: bits per byte of training and validation against the step."""
+def draw_curve(run: Path, gzip: float | None = None) -> Path | None:
+    """curve.png: bits per byte of training and validation against the step, and of `gzip -9` where it is given."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -116,17 +116,21 @@ def draw_curve(run: Path) -> Path | None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), color="0.65", linewidth=1)
-    axes.annotate(
-        "training", train[len(train) // 2], (0, -14), textcoords="offset points", color="0.45", ha="center", va="top"
-    )
+    # Beside the steep part of the curve, where nothing else is.
+    axes.annotate("training", train[len(train) // 12], (8, 2), textcoords="offset points", color="0.4")
     if val:
         axes.plot(*zip(*val, strict=True), color="black", linewidth=1.8, marker="o", markersize=3.5)
-        axes.annotate(
-            f"validation {val[-1][1]:.2f}", val[-1], (0, 10), textcoords="offset points", ha="right", va="bottom"
-        )
+        label = f"validation {val[-1][1]:.2f}"
+        axes.annotate(label, val[-1], (0, -8), textcoords="offset points", ha="right", va="top", weight="bold")
+    if gzip is not None:
+        axes.axhline(gzip, color="0.4", linewidth=1, linestyle=(0, (5, 4)))
+        # On the left, where the curves are still far above it.
+        label, at = f"gzip -9 of the validation text {gzip:.2f}", (0, gzip)
+        axes.annotate(label, at, (6, -4), ("axes fraction", "data"), "offset points", va="top", color="0.3")
     # The first steps, near the entropy of a uniform guess, would flatten everything after them.
     values = sorted(value for _, value in train + val)
-    axes.set_ylim(max(0, values[0] - 0.15), values[int(0.97 * (len(values) - 1))] + 0.4)
+    low, high = min(values[0], gzip or values[0]), values[int(0.97 * (len(values) - 1))]
+    axes.set_ylim(max(0, low - 0.15 * (high - low) - 0.1), high + 0.4)
     axes.set_xlim(0, None)
     axes.set_xlabel("step (updates of the weights)")
     axes.set_ylabel("cross entropy (bits per byte)")

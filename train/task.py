@@ -81,7 +81,7 @@ class LanguageModeling(LightningModule):
         x, state, shared = self.lm.hidden(batch.tokens, state, batch.cu_seqlens)
         if batch.carry is not None:
             self.carried[stage] = tree_map(lambda t: t.detach().index_select(0, batch.carry.last), state)
-        logits = self.lm.head(x)[0]
+        logits = self.lm.logits(x)[0]
         logits = logits.to(accumulator_dtype(logits.dtype))
         total = F.cross_entropy(logits, batch.targets[0], ignore_index=IGNORED, reduction="sum")
         return total, (batch.targets != IGNORED).sum(), shared
