@@ -13,12 +13,13 @@ from subquad.kernels.scan import scan
 from subquad.kernels.short_conv import shift
 from subquad.kernels.state import Recurrent, accumulator_dtype
 from subquad.layers.base import Card, Layer, no_weight_decay, residual_linear, state_dtype
+from subquad.layers.rwkv_parts import TokenShift, initial_decay
 
 LOWEST = -1e38  # of the running maximum: finite in float32, with every decay added to it
 
 
 class RWKV4State(NamedTuple):
-    x: Recurrent  # [N, 1, D], the last input
+    shift: Recurrent  # [N, 1, D], the last input
     h: Recurrent  # [N, 2, inner width], numerator and denominator over exp(m)
     m: Recurrent  # [N, inner width], the running maximum
 
@@ -26,7 +27,7 @@ class RWKV4State(NamedTuple):
 class RWKV4(Layer):
     """Time mixing of RWKV-4 (Peng et al. 2023, arXiv:2305.13048).
 
-    r, k, v = projections of x_t and x_{t-1} mixed feature by feature;  w = -exp(time_decay)
+    r, k, v = projections of x_t and x_{t-1} mixed feature by feature;  w = -exp(decay)
     num_t = exp(w) num_{t-1} + exp(k_t) v_t,  den_t = exp(w) den_{t-1} + exp(k_t)
     o_t = (num_{t-1} + exp(bonus + k_t) v_t) / (den_{t-1} + exp(bonus + k_t)),  y_t = o_proj(sigmoid(r_t) * o_t)
 
@@ -44,15 +45,11 @@ class RWKV4(Layer):
         super().__init__()
         inner = int(expand * d_model)
         self.inner = inner
-        depth, rest = layer_idx / max(n_layers - 1, 1), 1 - layer_idx / n_layers
-        feature = torch.arange(d_model) / d_model
-        self.mix_r = no_weight_decay(nn.Parameter(feature ** (0.5 * rest)))
-        self.mix_k = no_weight_decay(nn.Parameter(feature**rest))
-        self.mix_v = no_weight_decay(nn.Parameter(feature**rest + 0.3 * depth))
-        channel = torch.arange(inner)
-        speed = -5 + 8 * (channel / max(inner - 1, 1)) ** (0.7 + 1.3 * depth)
-        self.time_decay = no_weight_decay(nn.Parameter(speed))
-        self.bonus = no_weight_decay(nn.Parameter(log(0.3) + 0.5 * ((channel + 1) % 3 - 1)))
+        place = {"layer_idx": layer_idx, "n_layers": n_layers}
+        self.token_shift = TokenShift(d_model, [0.5, 1.0, 1.0], lifts=[0.0, 0.0, 0.3], **place)
+        self.decay = no_weight_decay(nn.Parameter(initial_decay(inner, low=-5.0, span=8.0, **place)))
+        zigzag = 0.5 * ((torch.arange(inner) + 1) % 3 - 1)
+        self.bonus = no_weight_decay(nn.Parameter(log(0.3) + zigzag))
         self.r_proj = nn.Linear(d_model, inner, bias=False)
         self.k_proj = nn.Linear(d_model, inner, bias=False)
         self.v_proj = nn.Linear(d_model, inner, bias=False)
@@ -63,11 +60,10 @@ class RWKV4(Layer):
     ) -> tuple[Float[Tensor, "B T D"], RWKV4State | None]:
         n_seqs = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         last, h, m = self.init_state(n_seqs, 0) if state is None else state
-        before, last = shift(x, state=last, cu_seqlens=cu_seqlens)
-        r, k, v = (torch.lerp(before, x, mix.to(x.dtype)) for mix in (self.mix_r, self.mix_k, self.mix_v))
+        (r, k, v), last = self.token_shift(x, last, cu_seqlens)
         wide = accumulator_dtype(x.dtype)
         k, v = self.k_proj(k).to(wide), self.v_proj(v).to(wide)
-        w = -self.time_decay.to(wide).exp()
+        w = -self.decay.to(wide).exp()
         carried = torch.cat([h.flatten(1), m], -1)[:, None]  # a copy: the ops below write into h and m
         maximum, m = running_max(w.expand_as(k), k, state=m, cu_seqlens=cu_seqlens)
         m_before, _ = shift(maximum, state=carried[..., -self.inner :], cu_seqlens=cu_seqlens)
@@ -87,6 +83,6 @@ class RWKV4(Layer):
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> RWKV4State:
         """The state before any token; its size does not depend on max_len. The maximum starts very low, not at -inf."""
         dtype, device = state_dtype(self, dtype), self.bonus.device
-        x = torch.zeros(batch_size, 1, self.mix_k.shape[0], dtype=dtype, device=device)
+        last = torch.zeros(batch_size, 1, self.k_proj.in_features, dtype=dtype, device=device)
         h = torch.zeros(batch_size, 2, self.inner, dtype=accumulator_dtype(dtype), device=device)
-        return RWKV4State(x, h, h.new_full((batch_size, self.inner), LOWEST))
+        return RWKV4State(last, h, h.new_full((batch_size, self.inner), LOWEST))
