@@ -12,8 +12,8 @@ from rich.table import Table
 
 from subquad.arguments import Parser
 from subquad.errors import UserError
+from subquad.layers.build import build_layer, find_layer
 from subquad.layers.conformance import PROPERTIES, Subject, attempt
-from subquad.models.config import build_layer, find_layer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from subquad.infer.device import DTYPES, pick_device, pick_dtype
 from subquad.infer.output import check_output, write_atomically
 from subquad.kernels.state import leaves
 from subquad.layers import available
-from subquad.models.config import build_layer
+from subquad.layers.build import build_layer
 
 MEASURES = {"train ms": "train", "prefill ms": "prefill", "decode ms": "decode, a token", "state bytes": "state"}
 Row = dict[str, Any]

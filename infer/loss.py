@@ -110,4 +110,4 @@ def _loss(model: LM, hidden: Tensor, targets: Tensor) -> Tensor:
     rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return torch.cat([F.cross_entropy(model.head(h).to(dtype), t, reduction="none") for h, t in pairs])
+    return torch.cat([F.cross_entropy(model.logits(h).to(dtype), t, reduction="none") for h, t in pairs])

@@ -7,6 +7,7 @@ from subquad.layers.attention import Attention as Attention
 from subquad.layers.base import Card as Card
 from subquad.layers.base import Layer as Layer
 from subquad.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from subquad.layers.gated_short_conv import GatedShortConv as GatedShortConv
 from subquad.layers.gla import GatedLinearAttention as GatedLinearAttention
 from subquad.layers.hgrn import HGRN as HGRN
 from subquad.layers.hgrn2 import HGRN2 as HGRN2
@@ -19,11 +20,14 @@ from subquad.layers.mlp import MLP as MLP
 from subquad.layers.mlp import SwiGLU as SwiGLU
 from subquad.layers.mlstm import MLSTM as MLSTM
 from subquad.layers.moe import MoE as MoE
+from subquad.layers.parallel import Parallel as Parallel
 from subquad.layers.retention import Retention as Retention
 from subquad.layers.rglru import RGLRU as RGLRU
 from subquad.layers.rwkv4 import RWKV4 as RWKV4
 from subquad.layers.rwkv5 import RWKV5 as RWKV5
 from subquad.layers.rwkv6 import RWKV6 as RWKV6
+from subquad.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
+from subquad.layers.sparse_attention import SparseAttention as SparseAttention
 
 
 def available() -> dict[str, type[Layer]]:

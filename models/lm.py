@@ -1,6 +1,8 @@
 """The one language model: an embedding, blocks of a mixer and a feed-forward layer, a head."""
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from types import MethodType
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from subquad.errors import UserError
+from subquad.layers.build import build_layer
 from subquad.layers.norms import RMSNorm
-from subquad.models.config import LMConfig, build_layer
+from subquad.models.config import LMConfig
 
 
 class BlockState(NamedTuple):
@@ -29,13 +32,18 @@ class LMState(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)); either may be absent."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)); either may be absent.
 
-    def __init__(self, mixer: nn.Module | None, ffn: nn.Module | None, d_model: int, norm_eps: float):
+    parallel: x + mixer(norm(x)) + ffn(norm(x)) with one norm for both.
+    """
+
+    def __init__(
+        self, mixer: nn.Module | None, ffn: nn.Module | None, make_norm: Callable[[], nn.Module], parallel: bool = False
+    ):
         super().__init__()
-        self.mixer, self.ffn = mixer, ffn
-        self.mixer_norm = RMSNorm(d_model, eps=norm_eps) if mixer is not None else None
-        self.ffn_norm = RMSNorm(d_model, eps=norm_eps) if ffn is not None else None
+        self.mixer, self.ffn, self.parallel = mixer, ffn, parallel
+        self.mixer_norm = make_norm() if mixer is not None or parallel else None
+        self.ffn_norm = make_norm() if ffn is not None and not parallel else None
         self.takes_shared = {
             part: layer is not None and "shared" in inspect.signature(layer.forward).parameters
             for part, layer in (("mixer", mixer), ("ffn", ffn))
@@ -47,7 +55,9 @@ class Block(nn.Module):
         # A copy: under activation checkpointing this runs twice, and a dict that was mutated the first time would not
         # be the one that the first run saw.
         shared = dict(shared)
-        states = []
+        states, normed = [], None
+        if self.parallel and self.mixer_norm is not None:
+            normed = self.mixer_norm(x)
         for part, norm in (("mixer", self.mixer_norm), ("ffn", self.ffn_norm)):
             layer = getattr(self, part)
             if layer is None:
@@ -55,7 +65,7 @@ class Block(nn.Module):
                 continue
             extra = {"shared": shared} if self.takes_shared[part] else {}
             before = None if state is None else getattr(state, part)
-            y, after = layer(norm(x), state=before, cu_seqlens=cu_seqlens, **extra)
+            y, after = layer(norm(x) if normed is None else normed, state=before, cu_seqlens=cu_seqlens, **extra)
             x = x + y
             states.append(after)
         return x, None if state is None else BlockState(*states), shared
@@ -80,6 +90,7 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         d, flat = config.d_model, config.flat_blocks()
+        make_norm = partial(RMSNorm if config.norm == "rms" else nn.LayerNorm, d, eps=config.norm_eps)
         self.embedding = nn.Embedding(config.vocab_size, d)
         blocks = []
         for i, (where, spec) in enumerate(flat):
@@ -89,9 +100,10 @@ class LM(nn.Module):
                 else None
                 for part in ("mixer", "ffn")
             ]
-            blocks.append(Block(parts[0], parts[1], d, config.norm_eps))
+            blocks.append(Block(parts[0], parts[1], make_norm, spec.get("parallel", False)))
         self.blocks = nn.ModuleList(blocks)
-        self.norm = RMSNorm(d, eps=config.norm_eps)
+        self.embedding_norm = make_norm() if config.embedding_norm else None
+        self.norm = make_norm()
         self.head = nn.Linear(d, config.vocab_size, bias=False)
         self.tie_weights()
         self.checkpoint_activations = False  # recompute each block in the backward pass
@@ -139,13 +151,20 @@ class LM(nn.Module):
         x, state, _ = self.hidden(tokens, state, cu_seqlens)
         if logits == "last":
             x = last_tokens(x, cu_seqlens)
-        return self.head(x), state
+        return self.logits(x), state
+
+    def logits(self, x: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape V"]:
+        """The head on what `hidden` returns."""
+        y, cap = self.head(x), self.config.logit_softcap
+        return y if cap is None else cap * torch.tanh(y / cap)
 
     def hidden(
         self, tokens: Int[Tensor, "B T"], state: LMState | None = None, cu_seqlens: Int[Tensor, "M"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], LMState | None, dict[str, Any]]:
         """What the head reads, the new state, and what the layers shared (losses, router loads) by name."""
         x, shared, states = self.embedding(tokens), {}, []
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.blocks[i]
             if self.checkpoint_activations and torch.is_grad_enabled():

@@ -4,6 +4,7 @@ import pytest
 
 from subquad.layers import available, conformance
 
+SUMMARIES = {"name": "summaries", "stride": 8, "width": 2}
 VARIANTS = {
     "attention-grouped-window-sinks": (
         "Attention",
@@ -27,12 +28,44 @@ VARIANTS = {
     "linear-taylor": ("LinearAttention", {"feature_map": "taylor", "n_heads": 4, "feature_dim": 5}),
     "linear-softmax": ("LinearAttention", {"feature_map": "softmax", "normalizer": False}),
     "linear-relu-bidirectional": ("LinearAttention", {"feature_map": "relu", "causal": False, "bias": True}),
+    "mamba-normed": ("Mamba", {"dt_bc_norm": "weighted"}),
+    "mingru-positive": ("MinGRU", {"positive": True, "bias": True}),
+    "hgrn-bounded": ("HGRN", {"lower_bound": 0.6}),
     "mamba2-groups": ("Mamba2", {"n_groups": 2, "head_dim": 16, "d_state": 12}),
     "gated-deltanet-negative": (
         "GatedDeltaNet",
         {"n_heads": 4, "n_key_heads": 2, "head_dim": 12, "expand_v": 2.0, "negative_eigenvalues": True},
     ),
+    "parallel-sum": (
+        "Parallel",
+        {"mixers": ["LinearAttention", {"name": "Attention", "n_heads": 3}, "GatedShortConv"], "norm": False},
+    ),
+    "gated-short-conv-wide": ("GatedShortConv", {"d_conv": 5, "bias": True}),
+    "rwkv7-channel-mix": ("RWKVChannelMix", {"gated": False, "layer_idx": 1, "n_layers": 3}),
     "moe-shared": ("MoE", {"n_shared": 1, "top_k": 3, "renormalize": False}),
+    "sparse-bigbird": (
+        "SparseAttention",
+        {"n_heads": 4, "n_kv_heads": 2, "pattern": {"name": "bigbird", "block": 8, "span": 6, "n_global": 8}},
+    ),
+    "sparse-fixed": ("SparseAttention", {"pattern": {"name": "sparse_transformer", "stride": 16}, "bias": True}),
+    "sparse-strided": ("SparseAttention", {"pattern": {"name": "sparse_transformer_strided", "stride": 16}}),
+    "sparse-dilated": (
+        "SparseAttention",
+        {"n_heads": 4, "pattern": [{"name": "dilated_window", "window": 9, "dilation": [1, 2, 2, 5]}, SUMMARIES]},
+    ),
+    "sparse-bidirectional": (
+        "SparseAttention",
+        {
+            "causal": False,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "pattern": [
+                {"name": "longformer", "window": 9, "n_global": 3},
+                {"name": "strided", "stride": 20},
+                {"name": "random_blocks", "block": 8, "n_blocks": 2, "span": 5},
+            ],
+        },
+    ),
 }
 SUBJECTS = {name: (name, {}) for name in available()} | VARIANTS
 

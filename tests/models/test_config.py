@@ -7,7 +7,8 @@ import yaml
 from torch import nn
 
 from subquad.errors import UserError
-from subquad.models.config import LMConfig, build_layer
+from subquad.layers.build import build_layer
+from subquad.models.config import LMConfig
 from subquad.models.lm import LM
 
 pytestmark = pytest.mark.unchecked  # values of the wrong type must reach the checks that are tested here

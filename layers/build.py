@@ -1,0 +1,105 @@
+"""From a name and arguments to a layer, with errors that say what would do."""
+
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from math import isfinite
+from typing import Any, get_args, get_type_hints
+
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+from torch import nn
+
+from subquad.errors import UserError, nearest
+
+Spec = Mapping[str, Any]
+_NUMBERS = BeartypeConf(is_pep484_tower=True)  # an int may stand where a float is asked for
+_GIVEN_BY_MODEL = ("d_model", "layer_idx", "n_layers")
+
+
+def build_layer(where: str, spec: str | Spec, *, d_model: int, layer_idx: int, n_layers: int) -> nn.Module:
+    """The layer that `spec` names, a name or a mapping {name: ..., **arguments}; errors name `where` it stands."""
+    arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = arguments.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(f"{where} needs a name, such as {{name: Mamba2}}; it has: {', '.join(arguments) or 'nothing'}")
+    cls = find_layer(where, name)
+    parameters = inspect.signature(cls.__init__).parameters
+    accepted = [p for p in parameters if p != "self" and p not in _GIVEN_BY_MODEL]
+    check_keys(f"{where} ({name})", arguments, accepted)
+    hints = get_type_hints(cls.__init__)
+    for key, value in arguments.items():
+        hint = hints.get(key, Any)
+        if isinstance(value, list) and is_bearable(tuple(value), hint, conf=_NUMBERS):
+            arguments[key] = value = tuple(value)  # YAML and JSON have no tuples
+        check_type(f"{where}.{key}", value, hint)
+        if "." not in name:
+            _check_count(f"{where}.{key}", value, parameters[key].default)
+    given = {"d_model": d_model, "layer_idx": layer_idx, "n_layers": n_layers}
+    try:
+        return cls(**{k: v for k, v in given.items() if k in parameters}, **arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (ArithmeticError, RuntimeError, ValueError) as error:  # what torch says to shapes that cannot be
+        values = ", ".join(f"{key} {value!r}" for key, value in arguments.items())
+        raise UserError(
+            f"{where}: {name} cannot be built with {values or 'its defaults'}: {one_line(error)}"
+        ) from error
+
+
+def find_layer(where: str, name: str) -> type[nn.Module]:
+    """A class of subquad.layers by its bare name, anyone's by its dotted path."""
+    if "." not in name:
+        from subquad.layers import available  # which imports the layers, and they may import this
+
+        known = available()
+        if name not in known:
+            raise UserError(f"{where}: there is no layer {name!r}; {nearest(name, known)}")
+        return known[name]
+    module_name, _, attribute = name.rpartition(".")
+    # Commands keep the current folder off the path, where a user's own module may well lie; last, it shadows nothing.
+    sys.path.append(os.getcwd())
+    try:
+        found = getattr(import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{where}: cannot import the layer {name!r}: {one_line(error)}") from error
+    finally:
+        sys.path.pop()
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise UserError(f"{where}: {name!r} is no torch module class")
+    return found
+
+
+def check_keys(where: str, given: Spec, allowed: list[str]) -> None:
+    for key in given:
+        if key not in allowed:
+            place = f"{where}: " if where else ""
+            raise UserError(f"{place}unknown key {key!r}; {nearest(str(key), allowed)}")
+
+
+def check_type(where: str, value: Any, hint: Any) -> None:
+    if not is_bearable(value, hint, conf=_NUMBERS) or (isinstance(value, bool) and not _takes_bool(hint)):
+        wanted = (
+            hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("Literal", "one of ")
+        )
+        raise UserError(f"{where} is {value!r} ({type(value).__name__}); it must be {wanted}")
+    if isinstance(value, float) and not isfinite(value):
+        raise UserError(f"{where} is {value}; it must be a finite number")
+
+
+def _takes_bool(hint: Any) -> bool:
+    """Whether a truth value may stand there; for Python it is an int as well."""
+    return hint in (Any, bool) or any(_takes_bool(part) for part in get_args(hint))
+
+
+def _check_count(where: str, value: Any, default: Any) -> None:
+    """The whole numbers of our layers are counts and widths: none is negative, and 0 only where it is the default."""
+    smallest = 0 if default == 0 else 1
+    if isinstance(value, int) and not isinstance(value, bool) and value < smallest:
+        raise UserError(f"{where} is {value}; it must be at least {smallest}")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
