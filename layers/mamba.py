@@ -1,7 +1,7 @@
 """Mamba: a selective diagonal state-space layer."""
 
 from math import ceil
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from subquad.layers.base import (
     silu_gated,
     state_dtype,
 )
+from subquad.layers.norms import RMSNorm
 
 
 class MambaState(NamedTuple):
@@ -41,7 +42,8 @@ class Mamba(Layer):
     Arguments
         d_state: N. expand: D' / D. d_conv: W, width of the convolution. dt_rank: rank of the step size's projection,
         by default D / 16 rounded up. dt_min, dt_max: range of the initial step sizes. bias: on in_proj and out_proj.
-        conv_bias: on the convolution.
+        conv_bias: on the convolution. dt_bc_norm: an RMSNorm on each of dt (before dt_proj), B and C, without weights
+        (falcon-mamba) or with them (Jamba).
     """
 
     card = Card("Gu and Dao 2023, arXiv:2312.00752", "selective_scan", "O(T D' N)", "O(D' N)", "D' (N + W - 1)")
@@ -58,6 +60,8 @@ class Mamba(Layer):
         dt_max: float = 0.1,
         bias: bool = False,
         conv_bias: bool = True,
+        dt_bc_norm: Literal["none", "rms", "weighted"] = "none",
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
         inner = int(expand * d_model)
@@ -67,6 +71,10 @@ class Mamba(Layer):
         self.conv_weight, self.conv_bias = conv_weight(inner, d_conv, conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
         self.dt_proj = own_init(nn.Linear(rank, inner))
+        self.dt_norm, self.B_norm, self.C_norm = (
+            nn.Identity() if dt_bc_norm == "none" else RMSNorm(n, eps=norm_eps, affine=dt_bc_norm == "weighted")
+            for n in self.sizes
+        )
         self.out_proj = residual_linear(inner, d_model, bias=bias)
         A = torch.arange(1, d_state + 1, dtype=torch.float32).expand(inner, -1)
         self.A_log = no_weight_decay(nn.Parameter(A.log()))
@@ -82,6 +90,7 @@ class Mamba(Layer):
         conv, h = state if state is not None else (None, None)
         x, conv = short_conv(x, self.conv_weight, self.conv_bias, activation="silu", state=conv, cu_seqlens=cu_seqlens)
         dt, B, C = self.x_proj(x).split(self.sizes, -1)
+        dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         dt = F.softplus(self.dt_proj(dt).to(accumulator_dtype(x.dtype)))
         o, h = selective_scan(x, dt, -self.A_log.to(dt.dtype).exp(), B, C, state=h, cu_seqlens=cu_seqlens)
         y = self.out_proj(silu_gated(o + self.skip.to(o.dtype) * x, z))

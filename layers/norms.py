@@ -10,20 +10,24 @@ from subquad.kernels.state import accumulator_dtype
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean x^2 + eps) * weight over the last dimension, or over each of `n_groups` equal parts of it."""
+    """x / sqrt(mean x^2 + eps) * weight over the last dimension, or over each of `n_groups` equal parts of it; without
+    the weight where `affine` is false."""
 
-    def __init__(self, width: int, n_groups: int = 1, *, eps: float = 1e-5):
-        super().__init__(width, eps=eps)
+    def __init__(self, width: int, n_groups: int = 1, *, eps: float = 1e-5, affine: bool = True):
+        super().__init__(width, eps=eps, elementwise_affine=affine)
         self.n_groups = n_groups
 
     def forward(self, x: Tensor) -> Tensor:
         wide = accumulator_dtype(x.dtype)
         if self.n_groups == 1:
-            if x.dtype == self.weight.dtype == wide:  # nothing to cast: at one token a cast that does nothing counts
+            # At one token a cast that does nothing counts.
+            if x.dtype == wide and (self.weight is None or self.weight.dtype == wide):
                 return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-            return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x.dtype)
+            weight = None if self.weight is None else self.weight.to(wide)
+            return F.rms_norm(x.to(wide), self.normalized_shape, weight, self.eps).to(x.dtype)
         parts = x.to(wide).unflatten(-1, (self.n_groups, -1))
-        return (F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(wide)).to(x.dtype)
+        y = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
+        return (y if self.weight is None else y * self.weight.to(wide)).to(x.dtype)
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
