@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
-from subquad.kernels.cache import cached_positions, gather_before, write_cache
+from subquad.kernels.cache import cached_positions, gather_before, write_cache, write_token
 from subquad.kernels.packing import advance, check_packed, mask_padding, positions, sequence_ids
 from subquad.kernels.state import KVCache, RingCache
 
@@ -213,7 +213,6 @@ def _each_sequence(q, k, v, pattern, sink_logits, cu_seqlens):
 def _continued(q, k, v, pattern, sink_logits, state, fresh):
     """New tokens after a cache: (o, keys, values). `fresh` [N, T] is False for padding among the new tokens."""
     time, slots = q.shape[1], state.k.shape[1]
-    at = positions(time, state.count, None)
     spare = slots if isinstance(state, KVCache) else slots - pattern.n_sinks - pattern.window
     before, used = None, slots
     if q.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading counts costs nothing
@@ -222,13 +221,9 @@ def _continued(q, k, v, pattern, sink_logits, state, fresh):
         used = max((b + n for b, n in zip(before, new, strict=True)), default=0)
     if isinstance(state, KVCache) and used > slots:
         raise UserError(f"the cache has {slots} slots; {used} tokens do not fit (raise max_len)")
-    if time == 1 and fresh is None and (pattern.window is None or spare == 0):  # every slot in use is visible
-        keys, values = write_cache(state, k, v, at, None, pattern.n_sinks)
-        used = min(used, slots)
-        held = (x[:, :used].to(q.dtype) for x in (keys, values))
-        uneven = before is None or min(before, default=0) + 1 < used
-        mask = (torch.arange(used, device=q.device) <= at)[:, None, None] if uneven else None
-        return _sdpa(q, *held, mask, sink_logits=sink_logits), keys, values
+    at = positions(time, state.count, None)
+    if time == 1 and fresh is None and (pattern.window is None or spare == 0):
+        return _one_token(q, k, v, at, pattern, sink_logits, state, before)
     if isinstance(state, KVCache):
         keys, values = write_cache(state, k, v, at, fresh, 0)
         held = (x[:, :used].to(q.dtype) for x in (keys, values))
@@ -246,6 +241,19 @@ def _continued(q, k, v, pattern, sink_logits, state, fresh):
     keys, values = write_cache(state, k, v, at, fresh, pattern.n_sinks)
     sinks = (keys[:, : pattern.n_sinks], values[:, : pattern.n_sinks]) if pattern.n_sinks else None
     return _banded(q, k, v, at, pattern, sink_logits, before, sinks), keys, values
+
+
+def _one_token(q, k, v, at, pattern, sink_logits, state, before):
+    """One token a sequence that reads every slot in use. `before`: the counts, where the host knows them."""
+    used, mask = state.k.shape[1], None
+    if before and min(before) == max(before):
+        keys, values = write_token(state, k, v, before[0], pattern.n_sinks)
+        used = min(used, before[0] + 1)
+    else:
+        keys, values = write_cache(state, k, v, at, None, pattern.n_sinks)
+        mask = (torch.arange(used, device=q.device) <= at)[:, None, None]
+    held = (x[:, :used].to(q.dtype) for x in (keys, values))
+    return _sdpa(q, *held, mask, sink_logits=sink_logits), keys, values
 
 
 def _banded(q, k, v, at, pattern, sink_logits, before=None, sinks=None):

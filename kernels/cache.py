@@ -50,18 +50,36 @@ def write_cache(
             length = time if fresh is None else fresh.sum(1, keepdim=True)
             lasting = (at < n_sinks) | (at >= cache.count[:, None] + length - (slots - n_sinks))
             keep = lasting if keep is None else keep & lasting
-    rows = torch.arange(at.shape[0], device=at.device)[:, None].expand_as(at)
-    return _write(cache.k, k, rows, slot, keep), _write(cache.v, v, rows, slot, keep)
+    rows = torch.arange(at.shape[0], device=at.device)[:, None].expand_as(at).flatten()
+    slot, keep = slot.flatten(), None if keep is None else keep.flatten()
+    return tuple(write_slots(old, x.flatten(0, 1), rows, slot, keep) for old, x in ((cache.k, k), (cache.v, v)))
 
 
-def _write(target: Tensor, new: Tensor, rows: Tensor, slot: Tensor, keep: Tensor | None) -> Tensor:
+def write_token(cache: KVCache | RingCache, k: Tensor, v: Tensor, position: int, n_sinks: int) -> tuple[Tensor, Tensor]:
+    """`write_cache` of one token [N, 1, G, .] a sequence, all at one position that the host knows."""
+    slot = position
+    if isinstance(cache, RingCache) and position >= n_sinks:
+        slot = n_sinks + (position - n_sinks) % (cache.k.shape[1] - n_sinks)
+    if torch.is_grad_enabled():
+        return tuple(
+            old.slice_scatter(new.to(old.dtype), 1, slot, slot + 1) for old, new in ((cache.k, k), (cache.v, v))
+        )
+    cache.k[:, slot].copy_(k[:, 0])
+    cache.v[:, slot].copy_(v[:, 0])
+    return cache.k, cache.v
+
+
+def write_slots(target: Tensor, new: Tensor, rows: Tensor, slot: Tensor, keep: Tensor | None) -> Tensor:
+    """target [N, S, G, .] with new [R, G, .] written at (rows, slot) [R], where `keep` is True.
+
+    In place under `no_grad`, a copy under grad.
+    """
     if not slot.numel():
         return target
-    rows, slot, new = rows.flatten(), slot.flatten(), new.flatten(0, 1).to(target.dtype)
+    new = new.to(target.dtype)
     if keep is not None:
         # Rows that must not be written repeat the write of one that must, so that shapes stay static and no slot gets
         # two values; where there is none, they write back what is there. A value's gradient flows through one row only.
-        keep = keep.flatten()
         index = torch.arange(len(keep), device=keep.device)
         chosen = keep.int().argmax()
         source = torch.where(keep, index, chosen)

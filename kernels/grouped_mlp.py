@@ -39,26 +39,31 @@ def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def _sorted(x, expert, weight, gate_up, down):
-    top_k = expert.shape[1]
     order = expert.flatten().argsort(stable=True)
-    token = order // top_k
+    token = order // expert.shape[1]
+    weight = weight.flatten()[order, None].to(x.dtype)
     counts = (expert.flatten()[:, None] == torch.arange(gate_up.shape[0], device=x.device)).sum(0)
-    rows = x[token]
     if _has_grouped_mm(x, down):
         ends = counts.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        gate, up = F.grouped_mm(x[token], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
         out = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
-    else:
-        groups = rows.split(counts.tolist())
-        out = torch.cat([_swiglu(r, w, d) for r, w, d in zip(groups, gate_up, down, strict=True)])
-    out = out * weight.flatten()[order, None].to(out.dtype)
-    return torch.zeros_like(x).index_add(0, token, out)
+        return torch.zeros_like(x).index_add(0, token, out * weight)
+    y, lengths = torch.zeros_like(x), counts.tolist()
+    for e, (rows, w) in enumerate(zip(token.split(lengths), weight.split(lengths), strict=True)):
+        if len(rows):
+            y = y.index_add_(0, rows, _swiglu(x.index_select(0, rows), gate_up[e], down[e]) * w)
+    return y
 
 
 def _has_grouped_mm(x: Tensor, down: Tensor) -> bool:
-    """torch's grouped product wants rows of whole 16 bytes, bf16 on GPUs, and no float64 anywhere."""
+    """torch's grouped product wants rows of whole 16 bytes, bf16 on GPUs, and no float64 anywhere.
+
+    On a CPU it is such a loop itself, which costs more memory traffic than ours but can be traced.
+    """
     aligned = all(width * x.element_size() % 16 == 0 for width in (x.shape[1], down.shape[2]))
-    return aligned and (x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype == torch.float32))
+    if x.device.type == "cpu":
+        return aligned and x.dtype == torch.float32 and torch.compiler.is_compiling()
+    return aligned and x.dtype == torch.bfloat16
 
 
 _FORMS = register("grouped_mlp", naive=_naive, torch=_sorted)

@@ -70,7 +70,7 @@ def commit(donated: Tensor, new: Tensor) -> Tensor:
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """What an accumulating state of inputs of `dtype` is kept in: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float32 else torch.promote_types(dtype, torch.float32)
 
 
 def leaves(state: Any) -> list[tuple[str, str, Tensor]]:

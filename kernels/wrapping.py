@@ -2,7 +2,7 @@
 shape."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -17,6 +17,8 @@ def full_precision(like: Tensor) -> AbstractContextManager:
 
     Over 2,000 tokens a bf16 recurrence is off by 0.8, a float32 one by 7e-7.
     """
+    if not torch.is_autocast_enabled(like.device.type):
+        return nullcontext()  # entering autocast costs 4 us, as much as two operations on one token
     return torch.autocast(like.device.type, enabled=False)
 
 

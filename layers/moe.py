@@ -10,6 +10,7 @@ from subquad.errors import UserError
 from subquad.kernels.grouped_mlp import grouped_mlp
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import accumulator_dtype
+from subquad.kernels.wrapping import full_precision
 from subquad.layers.base import Card
 from subquad.layers.mlp import FeedForward, SwiGLU, hidden_width
 
@@ -28,9 +29,9 @@ class MoE(FeedForward):
         balance_loss: weight of the load-balance loss n_experts * sum_e f_e P_e (Fedus et al. 2021, arXiv:2101.03961; 1
             at perfect balance), where f_e is the share of the assignments and P_e the mean router probability.
 
-    With a `shared` dict the layer adds "loss/balance.<layer>" (weighted, a scalar), "log/router_entropy.<layer>"
-    (nats) and "log/router_load_max.<layer>" (the busiest expert's share times n_experts). Rows of padding count in
-    none of them.
+    In training mode, with a `shared` dict, the layer adds "loss/balance.<layer>" (weighted, a scalar),
+    "log/router_entropy.<layer>" (nats) and "log/router_load_max.<layer>" (the busiest expert's share times n_experts).
+    Rows of padding count in none of them.
     """
 
     card = Card("Shazeer et al. 2017, arXiv:1701.06538", "grouped_mlp", "O(T D F k)", "O(D F k)", "0")
@@ -68,13 +69,13 @@ class MoE(FeedForward):
         shared: dict[str, Any] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Any]:
         tokens = x.flatten(0, 1)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             wide = accumulator_dtype(x.dtype)
             p = (tokens.to(wide) @ self.router.weight.to(wide).T).softmax(-1)
         weight, expert = p.topk(self.top_k, -1)
         if self.renormalize:
             weight = weight / weight.sum(-1, keepdim=True)
-        if shared is not None:
+        if shared is not None and self.training:
             self._share(shared, p, expert, cu_seqlens)
         y = grouped_mlp(tokens, expert, weight, self.experts.gate_up, self.experts.down).view_as(x)
         if self.shared_experts is not None:

@@ -24,7 +24,7 @@ def test_an_op_without_examples_is_an_error():
 
 @pytest.mark.parametrize(
     ("op", "form", "time"),
-    [(op, form, time) for op, forms in sorted(OPS.items()) for form in forms if form == "torch" for time in (7, 70)],
+    [(op, form, time) for op, forms in sorted(OPS.items()) for form in forms if form == "torch" for time in (1, 7, 70)],
 )
 def test_forms_agree(op, form, time):
     for example in examples(op, time=time):
