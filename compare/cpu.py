@@ -8,7 +8,9 @@ that is shared; the two libraries take turns and the best of the repeats counts.
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from time import process_time
@@ -95,18 +97,33 @@ class Ours:
         return logits
 
 
+@contextmanager
+def torch_only() -> Iterator[None]:
+    """Models of transformers first built inside take its torch code, not a kernel package's (fla's needs a GPU)."""
+    os.environ["USE_HUB_KERNELS"] = "NO"  # nothing downloaded either
+    packages = ("causal_conv1d", "fla", "mamba_ssm")
+    held = {name: sys.modules.pop(name) for name in packages if name in sys.modules}
+    sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]  # None: an import of it fails
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
+        sys.modules.update(held)
+
+
 class Theirs:
     """transformers' model with the cache that its forward makes."""
 
     def __init__(self, pair: Pair, d: int):
-        os.environ["USE_HUB_KERNELS"] = "NO"  # its torch code, nothing downloaded
         import transformers
 
         transformers.logging.set_verbosity_error()
         sizes = {"hidden_size": d, "num_hidden_layers": len(pair.pattern), "vocab_size": VOCAB}
         plain = {"tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
         config = getattr(transformers, pair.config)(**sizes, **plain, **pair.arguments)
-        self.model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch_only():
+            self.model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
         self.cache_name = "cache_params" if "mamba" in config.model_type else "past_key_values"
 
     def begin(self, max_len: int) -> None:

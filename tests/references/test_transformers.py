@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from subquad.compare.cpu import torch_only
 from subquad.kernels.examples import relative_error
 from subquad.layers import Attention, GatedDeltaNet, MoE
 from subquad.models.lm import LM
@@ -47,6 +48,13 @@ MOE = {
     r"experts\.gate_up_proj$": "experts.gate_up",
     r"experts\.down_proj$": "experts.down",
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_transformers():
+    """No kernel package that happens to be installed stands between its torch code and the comparison."""
+    with torch_only():
+        yield
 
 
 def randomized(module: nn.Module) -> nn.Module:
