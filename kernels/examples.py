@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 import subquad.kernels
 from subquad.errors import UserError
 from subquad.kernels.backend import OPS, backend
+from subquad.kernels.patterns import make_pattern
+from subquad.kernels.sparse_attention import SparseCache, empty_cache
 from subquad.kernels.state import KVCache, RingCache
 
 
@@ -189,7 +191,12 @@ def _attention(r: Draw) -> Iterator[Case]:
     yield "window, cache of everything", qkv(), {"window": W}, full()
     yield "window, sinks", qkv(), {"window": W, "n_sinks": 2}, ring(2, 0)
     yield "window, sinks, room to spare", qkv(), {"window": W, "n_sinks": 2}, ring(2, r.T)
-    if not r.carried:
+    if r.carried:
+        level = torch.full_like(seen, 9)
+        yield "empty cache", qkv(), {}, full()._replace(count=torch.zeros_like(seen))
+        yield "equal counts", qkv(), {}, full()._replace(count=level)
+        yield "window, sinks, equal counts", qkv(), {"window": W, "n_sinks": 2}, ring(2, 0)._replace(count=level)
+    else:
         yield "bidirectional", qkv(), {"causal": False}, None
         yield "bidirectional window", qkv(), {"causal": False, "window": W}, None
 
@@ -235,6 +242,10 @@ def _delta_rule(r: Draw) -> Iterator[Case]:
 
     for name, decay in (("no", None), ("scalar", r.gate(r.B, r.T, H)), ("vector", r.gate(r.B, r.T, H, K))):
         yield f"{name} decay", inputs() | ({} if decay is None else {"decay": decay}), {}, r.normal(r.N, H, K, V)
+    for R, decay in ((2, r.gate(r.B, r.T, H)), (3, r.gate(r.B, r.T, H, K))):
+        beta = r.uniform(r.B, r.T, R, H, high=1.99)
+        factors = {"k": r.unit(R, G, K), "v": r.tokens(R, H, V), "beta": beta, "decay": decay}
+        yield f"{R} factors", {"q": r.tokens(G, K), **factors}, {}, r.normal(r.N, H, K, V)
 
 
 def _short_conv(r: Draw) -> Iterator[Case]:
@@ -263,6 +274,25 @@ def _selective_scan(r: Draw) -> Iterator[Case]:
     yield "plain", {**inputs, "B": r.tokens(N), "C": r.tokens(N)}, {}, r.normal(r.N, D, N)
 
 
+def _sparse_attention(r: Draw) -> Iterator[Case]:
+    H, G, K = 4, 2, 5
+    parts = [{"name": "dilated_window", "window": 4, "dilation": [1, 2, 2, 3]}, {"name": "global_tokens", "n": 2}]
+    for name, spec in (
+        ("longformer", {"name": "longformer", "window": 6, "n_global": 3}),
+        ("bigbird", {"name": "bigbird", "block": 4, "n_random": 2, "span": 5, "n_global": 4}),
+        ("fixed", {"name": "sparse_transformer", "stride": 6, "width": 2}),
+        ("strided", {"name": "sparse_transformer_strided", "stride": 6}),
+        ("dilated", parts),
+    ):
+        for causal in (True,) if r.carried else (True, False):
+            pattern = make_pattern(spec, causal)
+            cache = empty_cache(pattern, r.N, 24 + r.T, G, K, r.dtype, torch.device("cpu"))
+            filled = [r.normal(*x.shape) for x in cache[:4]]
+            inputs = {"q": r.tokens(H, K), "k": r.tokens(G, K), "v": r.tokens(G, K)}
+            state = SparseCache(*filled, r.integers(0, 24, r.N))
+            yield name + ("" if causal else ", bidirectional"), inputs, {"pattern": pattern}, state
+
+
 _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "attention": _attention,
     "delta_rule": _delta_rule,
@@ -272,4 +302,5 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "scan": _scan,
     "selective_scan": _selective_scan,
     "short_conv": _short_conv,
+    "sparse_attention": _sparse_attention,
 }

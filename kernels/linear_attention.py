@@ -8,7 +8,7 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
-from subquad.kernels.chunked import Decay, decayed_scores
+from subquad.kernels.chunked import CHUNK, Decay, decayed_scores
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
 from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision
@@ -124,7 +124,7 @@ def _chunked(q, k, v, g, S, exclusive, u, cu_seqlens):
     vector = g is not None and g.dim() == 4
     if vector and G != H:
         q, k, G = q.repeat_interleave(H // G, 2), k.repeat_interleave(H // G, 2), H
-    chunks = Chunks(v, 16 if vector else 64, cu_seqlens)
+    chunks = Chunks(v, CHUNK, cu_seqlens)
     # [B, n, G, C, .] for q and k, [B, n, H, C, .] for v
     qc, kc, vc = (chunks.split(x).transpose(2, 3) for x in (q, k, v))
     decay = None if g is None else Decay(chunks.split(g), exclusive, v.dtype)
