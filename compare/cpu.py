@@ -61,7 +61,7 @@ def pairs(d: int, layers: int) -> dict[str, Pair]:
         "linear_key_head_dim": HEAD,
         "linear_value_head_dim": HEAD,
     }
-    kinds = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)]
+    kinds = ["full_attention" if i % 4 == 3 or i == layers - 1 else "linear_attention" for i in range(layers)]
     mixed = [{"mixer": attention if kind == "full_attention" else delta, "ffn": ffn} for kind in kinds]
     ssd = {"num_heads": 2 * d // HEAD, "head_dim": HEAD, "state_size": 128, "n_groups": 1}
     return {
@@ -186,8 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows and the setting here")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     given = parser.parse_args(argv)
-    for name in ("tokens", "new_tokens", "d_model", "layers", "threads", "repeat"):
+    for name in ("tokens", "new_tokens", "d_model", "threads", "repeat"):
         parser.at_least(given, name, 1)
+    parser.at_least(given, "layers", 2)  # gated-deltanet ends in one layer of attention
     if given.d_model % HEAD:
         raise UserError(f"--d-model is {given.d_model}; it must be a multiple of the head width {HEAD}")
     known = pairs(given.d_model, given.layers)
@@ -222,11 +223,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _table(rows: list[Row], setting: dict[str, Any]) -> Table:
-    title = (
-        "Tokens per CPU second: width {d_model}, {layers} layers, batch 1, {threads} thread(s), prefill of {tokens}\n"
-        "tokens, then {new_tokens} one by one; torch {torch}, transformers {transformers}, best of {repeat}"
-    )
-    table = Table(title=title.format(**setting), title_justify="left")
+    lines = [
+        "Tokens per CPU second, best of {repeat} (torch {torch}, transformers {transformers})",
+        "prefill {tokens}, decode {new_tokens}, width {d_model}, {layers} layers, batch 1, threads: {threads}",
+    ]
+    table = Table(title="\n".join(lines).format(**setting), title_justify="left")
     table.add_column("model", no_wrap=True)
     for phase in ("prefill", "decode"):
         for heading in (f"{phase}\nours", f"{phase}\ntransf.", "ratio"):

@@ -1,0 +1,62 @@
+"""`subquad compare cpu` measures both libraries on models of the same shapes."""
+
+import csv
+import json
+import sys
+
+import pytest
+
+from subquad import cli
+from subquad.compare.cpu import Ours, Theirs, pairs, torch_only
+
+SMALL = ["--tokens", "16", "--new-tokens", "2", "--d-model", "64", "--layers", "2", "--repeat", "1"]
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "mistral", "mixtral"])
+def test_shapes_are_the_same(name):
+    pair = pairs(128, 2)[name]
+    shapes = []
+    for made in (Ours, Theirs):
+        parameters = made(pair, 128).model.parameters()
+        shapes.append(sorted(sorted(n for n in p.shape if n > 1) for p in parameters))
+    assert shapes[0] == shapes[1]
+
+
+def test_rows(tmp_path, capsys):
+    files = [tmp_path / "rows.csv", tmp_path / "rows.json"]
+    command = ["compare", "cpu", *SMALL, "--models", "mamba,gated-deltanet"]
+    command += ["--csv", str(files[0]), "--json", str(files[1])]
+    assert cli.main(command) == 0
+    assert "gated-deltanet" in capsys.readouterr().out
+    document = json.loads(files[1].read_text())
+    assert document["setting"]["tokens"] == 16
+    rows = document["rows"]
+    assert [row["model"] for row in rows] == ["mamba", "gated-deltanet"]
+    for row, written in zip(rows, csv.DictReader(files[0].open()), strict=True):
+        assert {key: str(value) for key, value in row.items()} == written
+        assert all(row[f"{phase} ratio"] > 0 for phase in ("prefill", "decode"))
+    assert cli.main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--models", "mamb"], "did you mean 'mamba'"),
+        (["--d-model", "100"], "multiple of the head width 64"),
+        (["--repeat", "0"], "at least 1"),
+    ],
+)
+def test_bad_input(arguments, sentence, capsys):
+    assert cli.main(["compare", "cpu", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_torch_only_hides_kernel_packages_and_brings_them_back(monkeypatch):
+    held = object()
+    monkeypatch.setitem(sys.modules, "fla", held)
+    monkeypatch.delitem(sys.modules, "mamba_ssm", raising=False)
+    with torch_only(), pytest.raises(ImportError):
+        import fla  # noqa: F401
+    assert sys.modules["fla"] is held
+    assert "mamba_ssm" not in sys.modules
