@@ -4,6 +4,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from subquad.kernels.patterns import SparsePattern
 from subquad.kernels.state import Append, Count, Ring, accumulator_dtype
 from subquad.kernels.tiles import BUDGET, EMPTY, Piece, Rows, Tiles, joined, piece
 from subquad.kernels.wrapping import full_precision
+
+SHORT = 128  # tokens up to which tiles cost more than a whole mask
 
 
 class SparseCache(NamedTuple):
@@ -175,6 +178,15 @@ def _naive_write(pattern, near, far, begin, k, v):
 # The fast form: for each part, tiles of queries against the few keys that the part gives them.
 
 
+def _dense(q, k, v, pattern):
+    at = torch.arange(q.shape[1], device=q.device)
+    mask = pattern.reads(torch.arange(q.shape[2], device=q.device)[:, None, None], at[:, None], at)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
 class _Source:
     """Keys and values [R, G, .] by the row of a flat buffer: `row(sequence, position)` says where a position lies."""
 
@@ -194,6 +206,8 @@ class _Source:
 
 def _tiled(q, k, v, pattern, state, cu_seqlens):
     B, T, H, _ = q.shape
+    if state is None and cu_seqlens is None and T <= SHORT:
+        return _dense(q, k, v, pattern), None
     wide = accumulator_dtype(q.dtype)
     rows = Rows(B, T, None if state is None else state.count, cu_seqlens, q.device)
     near, far, end, caches = _sources(rows, q, k, v, pattern, state)
