@@ -13,6 +13,7 @@ from rich.table import Table
 
 from subquad.arguments import Parser
 from subquad.errors import UserError, nearest
+from subquad.kernels.state import leaves
 from subquad.layers import Layer, available
 
 
@@ -20,10 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print all layers, or one."""
     parser = Parser(prog="subquad layers", description=__doc__)
     parser.add_argument("name", nargs="?", help="a layer, for its docstring, arguments, types and defaults")
-    name = parser.parse_args(argv).name
-    layers = available()
+    parser.add_argument("--markdown", action="store_true", help="the table as in the README")
+    options = parser.parse_args(argv)
+    name, layers = options.name, available()
     if name is not None and name not in layers:
         raise UserError(f"there is no layer {name!r}; {nearest(name, layers)}")
+    if options.markdown:
+        print("\n".join(markdown(layers)))
+        return 0
     console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width to fit
     if name is None:
         console.print(_overview(layers))
@@ -44,6 +49,31 @@ def _overview(layers: dict[str, type[Layer]]) -> Table:
         cells = ["?"] * 5 if card is None else [card.op, card.train, card.decode, card.state, card.paper]
         table.add_row(name, layer.kind, *map(escape, cells))
     return table
+
+
+def markdown(layers: dict[str, type[Layer]]) -> list[str]:
+    """The README's table; state bytes are counted from the tensors of one float32 sequence at width 256."""
+    heading = "| layer | op | train | decode a token | state | paper | bytes at 1 k | at 64 k |"
+    rows = [heading, "|" + " --- |" * 8]
+    for name, layer in layers.items():
+        card = layer.card
+        cells = ["?"] * 5 if card is None else [card.op, card.train, card.decode, card.state, card.paper]
+        rows.append("| " + " | ".join([f"`{name}`", *cells, *_state_bytes(layer)]) + " |")
+    return rows
+
+
+def _state_bytes(layer: type[Layer], d_model: int = 256) -> list[str]:
+    built = layer(d_model)
+    if not hasattr(built, "init_state"):
+        return ["whole sequences only", ""]
+    cells = []
+    for length in (1_000, 64_000):
+        if built.max_len is not None and length > built.max_len:
+            cells.append(f"at most {built.max_len:,} tokens")
+        else:
+            state = leaves(built.init_state(1, length))
+            cells.append(f"{sum(t.numel() * t.element_size() for _, _, t in state):,}")
+    return cells
 
 
 def _describe(console: Console, layer: type[Layer]) -> None:
