@@ -96,6 +96,23 @@ def check_divides(owner: object, name: str, value: int, of: str, whole: int) -> 
         raise UserError(f"{type(owner).__name__}: {name} {value} does not divide {of} {whole}")
 
 
+def check_length(layer: Layer, time: int, count: Tensor | None = None, cu_seqlens: Tensor | None = None) -> None:
+    """One sentence where a sequence of `time` more tokens, or of the packed lengths, grows past the layer's max_len.
+
+    Counts and boundaries are read where that costs nothing, on the CPU; elsewhere init_state's check of max_len stands.
+    """
+    if layer.max_len is None:
+        return
+    tensors = [t for t in (count, cu_seqlens) if t is not None]
+    if tensors:
+        if torch.compiler.is_compiling() or any(t.device.type != "cpu" for t in tensors):
+            return
+        lengths = torch.tensor(time) if cu_seqlens is None else cu_seqlens.diff()
+        time = int((lengths if count is None else count + lengths).max())
+    if time > layer.max_len:
+        raise UserError(f"{type(layer).__name__} serves sequences of up to {layer.max_len} tokens; {time} do not fit")
+
+
 def state_dtype(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of a cache: the one asked for, else autocast's, else the parameters'."""
     if dtype is not None:
