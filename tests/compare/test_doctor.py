@@ -6,7 +6,9 @@ from importlib.metadata import version
 import torch
 
 from subquad import cli
-from subquad.kernels.backend import OPS
+from subquad.kernels.examples import load_ops
+
+OPS = load_ops()
 
 
 def test_report(capsys, monkeypatch):
@@ -28,6 +30,8 @@ def test_a_wrong_op_is_named(capsys, monkeypatch):
         return y * torch.where(torch.arange(y.shape[1]) == 5, float("nan"), 1.0)[:, None], last
 
     monkeypatch.setitem(short_conv._FORMS, "torch", wrong)
+    few = {op: OPS[op] for op in ("attention", "short_conv")}
+    monkeypatch.setattr("subquad.compare.doctor.load_ops", lambda: few)
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "short_conv, torch on cpu, no bias, fresh: out is off by nan" in out
