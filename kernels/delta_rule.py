@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
-from subquad.kernels.chunked import CHUNK, Decay, decayed_scores
+from subquad.kernels.chunked import CHUNK, Query, decayed_products
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
 from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision
@@ -86,39 +86,36 @@ def _chunked(q, k, v, beta, g, S, cu_seqlens):
     """
     if v.shape[1] <= 1 and cu_seqlens is None:
         return _naive(q, k, v, beta, g, S, None)
-    R = 1 << (v.shape[2] - 1).bit_length()
-    if v.shape[2] < R:  # factors with beta = 0 change nothing
+    R = v.shape[2]
+    if g is not None and g.dim() == 4 and R & (R - 1):  # to a power of two; factors with beta = 0 change nothing
+        R = 1 << R.bit_length()
         k, v, beta = (F.pad(x, (0, 0) * (x.dim() - 3) + (0, R - v.shape[2])) for x in (k, v, beta))
-    H, vector = v.shape[3], g is not None and g.dim() == 4
     chunks = Chunks(v, max(CHUNK // R, 1), cu_seqlens)
-    kc, vc, b = (chunks.split(x).flatten(2, 3).transpose(2, 3) for x in (k, v, beta[..., None]))  # [B, n, H, C, .]
+    rows = (chunks.split(x).flatten(2, 3).transpose(2, 3) for x in (k, v, beta[..., None]))
+    kc, vc, b = (x.contiguous() for x in rows)  # [B, n, H, C, .]
     qc = _spread(chunks.split(q), R - 1, R).transpose(2, 3)
-    decay = None if g is None else Decay(_spread(chunks.split(g), 0, R), False, v.dtype)
-    from_start: Tensor | float = 1.0
-    to_end: Tensor | float = 1.0
-    if decay is not None:
-        from_start, to_end = (x if vector else x[..., None] for x in (decay.from_start, decay.to_end))
+    gc = None if g is None else _spread(chunks.split(g), 0, R)
+    ((A,), (P,)), (k_start, q_start), (k_end,), whole = decayed_products([Query(kc), Query(qc, own=True)], [kc], gc)
 
-    A = b * decayed_scores(kc, kc, decay, strict=True, n_heads=H)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    right = torch.cat([b * vc, b * (kc * from_start)], -1)
-    solved = torch.linalg.solve_triangular(A + eye, right, upper=False, unitriangular=True)
+    right = b * torch.cat([vc, k_start], -1)
+    solved = torch.linalg.solve_triangular(b * A + eye, right, upper=False, unitriangular=True)
     # Unbound once: the gradient of each fresh[:, i] would be a zero tensor of the whole, quadratic in T.
     fresh, erase = (x.unbind(1) for x in solved.split([v.shape[-1], k.shape[-1]], -1))
-    k_end = (kc * to_end).transpose(-1, -2).unbind(1)
-    whole = None if decay is None else decay.whole.unbind(1)
+    ends = k_end.transpose(-1, -2).unbind(1)
+    wholes = None if whole is None else whole.unbind(1)
     writes = []
 
     def step(i: int, S: Tensor) -> Tensor:
         u = fresh[i] - erase[i] @ S
         writes.append(u)
-        added = k_end[i] @ u
-        return S + added if whole is None else torch.addcmul(added, whole[i], S)
+        added = ends[i] @ u
+        return S + added if wholes is None else torch.addcmul(added, wholes[i], S)
 
     before, last = chunks.carry(S, step)
-    out = (qc * from_start) @ before
+    out = q_start @ before
     if writes:
-        out = out + decayed_scores(qc, kc, decay, strict=False, n_heads=H) @ torch.stack(writes, 1)
+        out = out + P @ torch.stack(writes, 1)
     return chunks.join(out.transpose(2, 3)[:, :, R - 1 :: R]), last
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
-from subquad.kernels.chunked import CHUNK, Decay, decayed_scores
+from subquad.kernels.chunked import CHUNK, Decay, Query, decayed_products, decayed_scores
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
 from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision
@@ -127,8 +127,12 @@ def _chunked(q, k, v, g, S, exclusive, u, cu_seqlens):
     chunks = Chunks(v, CHUNK, cu_seqlens)
     # [B, n, G, C, .] for q and k, [B, n, H, C, .] for v
     qc, kc, vc = (chunks.split(x).transpose(2, 3) for x in (q, k, v))
-    decay = None if g is None else Decay(chunks.split(g), exclusive, v.dtype)
-    scores = decayed_scores(qc, kc, decay, strict=exclusive, n_heads=H)
+    if vector:
+        reader = Query(qc, exclusive, own=not exclusive)
+        ((scores,),), (q_start,), (k_end,), whole = decayed_products([reader], [kc], chunks.split(g))
+    else:
+        decay = None if g is None else Decay(chunks.split(g), exclusive, v.dtype)
+        scores = decayed_scores(qc, kc, decay, strict=exclusive, n_heads=H)
     if u is not None:
         own = (qc * u[:, None] * kc).sum(-1) if G == H else (_heads(qc, H) * u[:, None] * _heads(kc, H)).sum(-1)
         scores = scores + torch.diag_embed(own)
@@ -136,21 +140,22 @@ def _chunked(q, k, v, g, S, exclusive, u, cu_seqlens):
 
     # What each chunk adds to the state; heads that share k are one product, with the decay on v's side.
     if vector:
-        added = (kc * decay.to_end).transpose(-1, -2) @ vc
+        added = k_end.transpose(-1, -2) @ vc
     else:
+        whole = None if decay is None else decay.whole
         scaled = vc if decay is None else vc * decay.to_end[..., None]
         added = _ungroup(kc.transpose(-1, -2) @ _group(scaled, G), H)
 
     # Unbound once: the gradient of each added[:, i] would be a zero tensor of the whole, quadratic in T.
     added = added.unbind(1)
-    whole = None if decay is None else decay.whole.unbind(1)
+    wholes = None if whole is None else whole.unbind(1)
 
     def step(i: int, S: Tensor) -> Tensor:
-        return S + added[i] if whole is None else torch.addcmul(added[i], whole[i], S)
+        return S + added[i] if wholes is None else torch.addcmul(added[i], wholes[i], S)
 
     before, last = chunks.carry(S, step)
     if vector:
-        out = out + (qc * decay.from_start) @ before
+        out = out + q_start @ before
     else:
         read = _ungroup(qc @ _group(before, G), H)
         out = out + (read if decay is None else read * decay.from_start[..., None])
