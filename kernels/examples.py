@@ -263,6 +263,24 @@ def _scan(r: Draw) -> Iterator[Case]:
     yield "complex", {"a": turning, "b": r.normal(r.B, r.T, D, dtype=wide)}, {}, r.normal(r.N, D, dtype=wide)
 
 
+def _lti(r: Draw) -> Iterator[Case]:
+    H, N = 3, 4
+
+    def system(dtype: torch.dtype) -> dict[str, Tensor]:
+        decay = 0.5 + 0.5 * r.uniform(H, N)
+        A = torch.polar(decay, 2 * r.normal(H, N)) if dtype.is_complex else decay
+        return {"u": r.tokens(H), "A": A, "B": r.normal(H, N, dtype=dtype), "C": r.normal(H, N, dtype=dtype)}
+
+    wide = r.dtype.to_complex()
+    yield "real", system(r.dtype), {}, r.normal(r.N, H, N)
+    yield "complex", system(wide), {}, r.normal(r.N, H, N, dtype=wide)
+    for name, dtype in (("real", r.dtype), ("complex", wide)):
+        P, Q = (0.3 * r.normal(H, N, dtype=dtype) for _ in range(2))
+        inputs = system(dtype)
+        inputs["A"] = 0.5 * inputs["A"]
+        yield f"low rank, {name}", {**inputs, "P": P, "Q": Q}, {}, r.normal(r.N, H, N, dtype=dtype)
+
+
 def _running_max(r: Draw) -> Iterator[Case]:
     D = 5
     yield "plain", {"f": r.gate(r.B, r.T, D), "i": 3 * r.tokens(D)}, {"initial": -1.5}, 3 * r.normal(r.N, D)
@@ -298,6 +316,7 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "delta_rule": _delta_rule,
     "grouped_mlp": _grouped_mlp,
     "linear_attention": _linear_attention,
+    "lti": _lti,
     "running_max": _running_max,
     "scan": _scan,
     "selective_scan": _selective_scan,
