@@ -20,6 +20,7 @@ from subquad.kernels.backend import OPS, backend
 from subquad.kernels.patterns import make_pattern
 from subquad.kernels.sparse_attention import SparseCache, empty_cache
 from subquad.kernels.state import KVCache, RingCache
+from subquad.kernels.topk_attention import TopKCache
 
 
 class Example(NamedTuple):
@@ -311,6 +312,16 @@ def _sparse_attention(r: Draw) -> Iterator[Case]:
             yield name + ("" if causal else ", bidirectional"), inputs, {"pattern": pattern}, state
 
 
+def _topk_attention(r: Draw) -> Iterator[Case]:
+    H, G, K, V, block = 4, 2, 5, 7, 6
+    slots = 24 + r.T
+    for top_k in (1, 3):
+        inputs = {"q": r.tokens(H, K), "k": r.tokens(G, K), "v": r.tokens(G, V)}
+        cache = r.normal(r.N, slots, G, K), r.normal(r.N, slots, G, V), r.normal(r.N, -(-slots // block), G, K)
+        state = TopKCache(*cache, r.integers(0, 24, r.N))
+        yield f"{top_k} blocks", inputs, {"block": block, "top_k": top_k}, state
+
+
 _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "attention": _attention,
     "delta_rule": _delta_rule,
@@ -322,4 +333,5 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "selective_scan": _selective_scan,
     "short_conv": _short_conv,
     "sparse_attention": _sparse_attention,
+    "topk_attention": _topk_attention,
 }

@@ -14,7 +14,7 @@ from subquad.kernels.cache import ring_slots, write_slots
 from subquad.kernels.packing import advance, check_packed, mask_padding
 from subquad.kernels.patterns import SparsePattern
 from subquad.kernels.state import Append, Count, Ring, accumulator_dtype
-from subquad.kernels.tiles import BUDGET, EMPTY, Piece, Rows, Tiles, joined, piece
+from subquad.kernels.tiles import BUDGET, EMPTY, Piece, Rows, Source, Tiles, joined, piece
 from subquad.kernels.wrapping import full_precision
 
 SHORT = 128  # tokens up to which tiles cost more than a whole mask
@@ -187,23 +187,6 @@ def _dense(q, k, v, pattern):
     return out.transpose(1, 2)
 
 
-class _Source:
-    """Keys and values [R, G, .] by the row of a flat buffer: `row(sequence, position)` says where a position lies."""
-
-    def __init__(self, k, v, row):
-        self.k, self.v, self.row = k, v, row
-
-    def take(self, row: Tensor, kv_heads: Tensor | None) -> tuple[Tensor, Tensor]:
-        """row [M, L] for all heads, or [M, h, L] of the heads `kv_heads` [h]: [M, h, L, .] of keys and of values."""
-        if kv_heads is None:
-            return tuple(
-                x.index_select(0, row.flatten()).unflatten(0, row.shape).transpose(1, 2) for x in (self.k, self.v)
-            )
-        flat = (row * self.k.shape[1] + kv_heads[:, None]).flatten()
-        shape = (row.shape[0], len(kv_heads), row.shape[-1])
-        return tuple(x.flatten(0, 1).index_select(0, flat).unflatten(0, shape) for x in (self.k, self.v))
-
-
 def _tiled(q, k, v, pattern, state, cu_seqlens):
     B, T, H, _ = q.shape
     if state is None and cu_seqlens is None and T <= SHORT:
@@ -220,7 +203,7 @@ def _tiled(q, k, v, pattern, state, cu_seqlens):
             for sub in {type(g): None for _, g in groups}:  # a global part reads and is read: two pieces
                 same = [(heads, g) for heads, g in groups if type(g) is sub]
                 found = [
-                    _part(rows, queries, source, pattern, g, pattern.parts[:i], heads, k.shape[2], end)
+                    part_piece(rows, queries, source, pattern, g, pattern.parts[:i], heads, k.shape[2], end)
                     for heads, g in same
                 ]
                 order = torch.tensor([h for heads, _ in same for h in heads], device=q.device).argsort()
@@ -233,7 +216,7 @@ def _tiled(q, k, v, pattern, state, cu_seqlens):
     return mask_padding(out.unflatten(0, (B, T)), cu_seqlens), caches
 
 
-def _part(rows, queries, source, pattern, part, earlier, heads, n_kv, end):
+def part_piece(rows, queries, source, pattern, part, earlier, heads, n_kv, end):
     """The piece [R, h, .] of one part: the keys it reads that no earlier part does."""
     H = queries.shape[1]
     size, spacing = (1, 1) if rows.time == 1 else part.tile(rows.time)
@@ -276,7 +259,7 @@ def _sources(rows, q, k, v, pattern, state):
     """(near, far, the end of all positions, the caches with the new tokens written)."""
     new = [x.flatten(0, 1) for x in (k, v)]
     if state is None:
-        return _Source(*new, lambda n, p: rows.row(n, p).clamp(0, max(rows.total - 1, 0))), None, rows.time, None
+        return Source(*new, lambda n, p: rows.row(n, p).clamp(0, max(rows.total - 1, 0))), None, rows.time, None
     slots, kept, end = state.k.shape[1], state.far_k.shape[1], 0
     far = pattern.far
     if far is not None:
@@ -304,7 +287,7 @@ def _sources(rows, q, k, v, pattern, state):
         ]
     stored = lambda n, p: n * slots + ring_slots(p.clamp(min=0), pattern.first, slots)  # noqa: E731
     if rows.time == 1 and not rows.packed:
-        near = _Source(*(x.flatten(0, 1) for x in caches[:2]), stored)
+        near = Source(*(x.flatten(0, 1) for x in caches[:2]), stored)
     else:
 
         def row(n, p):
@@ -312,9 +295,9 @@ def _sources(rows, q, k, v, pattern, state):
             new_token = (p >= rows.count[n]) & (p < rows.end[n])
             return torch.where(new_token, fresh, rows.total + stored(n, p))
 
-        near = _Source(*old, row)
+        near = Source(*old, row)
     far_row = lambda n, p: n * kept + (far.slot(p).clamp(0, kept - 1))  # noqa: E731
-    return near, _Source(*(x.flatten(0, 1) for x in caches[2:]), far_row), end, caches
+    return near, Source(*(x.flatten(0, 1) for x in caches[2:]), far_row), end, caches
 
 
 _FORMS = register("sparse_attention", naive=_naive, torch=_tiled)

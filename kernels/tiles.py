@@ -3,6 +3,7 @@
 A batch [B, T] is handled as B sequences packed in one row, so one set of index arithmetic serves both.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,23 @@ class Tiles:
         if self.covered is None:
             return found
         return torch.where(self.covered.view(-1, *[1] * (found.dim() - 1)), found, fill)
+
+
+class Source:
+    """Keys and values [R, G, .] by the row of a flat buffer: `row(sequence, position)` says where a position lies."""
+
+    def __init__(self, k: Tensor, v: Tensor, row: Callable[[Tensor, Tensor], Tensor]):
+        self.k, self.v, self.row = k, v, row
+
+    def take(self, row: Tensor, kv_heads: Tensor | None) -> tuple[Tensor, Tensor]:
+        """row [M, L] for all heads, or [M, h, L] of the heads `kv_heads` [h]: [M, h, L, .] of keys and of values."""
+        if kv_heads is None:
+            return tuple(
+                x.index_select(0, row.flatten()).unflatten(0, row.shape).transpose(1, 2) for x in (self.k, self.v)
+            )
+        flat = (row * self.k.shape[1] + kv_heads[:, None]).flatten()
+        shape = (row.shape[0], len(kv_heads), row.shape[-1])
+        return tuple(x.flatten(0, 1).index_select(0, flat).unflatten(0, shape) for x in (self.k, self.v))
 
 
 class Piece(NamedTuple):

@@ -28,6 +28,7 @@ from subquad.layers.rwkv5 import RWKV5 as RWKV5
 from subquad.layers.rwkv6 import RWKV6 as RWKV6
 from subquad.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from subquad.layers.sparse_attention import SparseAttention as SparseAttention
+from subquad.layers.topk_attention import TopKAttention as TopKAttention
 
 
 def available() -> dict[str, type[Layer]]:

@@ -72,6 +72,7 @@ VARIANTS = {
             ],
         },
     ),
+    "topk-grouped": ("TopKAttention", {"n_heads": 4, "n_kv_heads": 2, "block": 8, "bias": True}),
 }
 SUBJECTS = {name: (name, {}) for name in available()} | VARIANTS
 
