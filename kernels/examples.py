@@ -249,6 +249,18 @@ def _delta_rule(r: Draw) -> Iterator[Case]:
         yield f"{R} factors", {"q": r.tokens(G, K), **factors}, {}, r.normal(r.N, H, K, V)
 
 
+def _dplr_rule(r: Draw) -> Iterator[Case]:
+    H, K, V = 4, 5, 7
+
+    def inputs() -> dict[str, Tensor]:
+        a = r.unit(H, K)
+        b = -a * r.uniform(r.B, r.T, H, K)
+        return {"q": r.tokens(H, K), "k": r.tokens(H, K), "v": r.tokens(H, V), "a": a, "b": b}
+
+    for name, decay in (("no", None), ("scalar", r.gate(r.B, r.T, H)), ("vector", r.gate(r.B, r.T, H, K))):
+        yield f"{name} decay", inputs() | ({} if decay is None else {"decay": decay}), {}, r.normal(r.N, H, K, V)
+
+
 def _short_conv(r: Draw) -> Iterator[Case]:
     D, W = 6, 4
     inputs = {"x": r.tokens(D), "weight": r.normal(D, W)}
@@ -325,6 +337,7 @@ def _topk_attention(r: Draw) -> Iterator[Case]:
 _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "attention": _attention,
     "delta_rule": _delta_rule,
+    "dplr_rule": _dplr_rule,
     "grouped_mlp": _grouped_mlp,
     "linear_attention": _linear_attention,
     "lti": _lti,

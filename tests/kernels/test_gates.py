@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from subquad.errors import UserError
 from subquad.kernels.backend import backend
 from subquad.kernels.delta_rule import delta_rule
+from subquad.kernels.dplr_rule import dplr_rule
 from subquad.kernels.examples import relative_error
 from subquad.kernels.linear_attention import linear_attention
 from subquad.kernels.scan import scan
@@ -68,6 +69,15 @@ def test_delta_rule_with_strong_writes(levels, shape):
     beta = 1.99 * torch.rand(B, T, H, dtype=torch.float64)
     inputs = [normal(B, T, H, K), k, normal(B, T, H, V), beta, gates(levels, *shape), normal(B, H, K, V)]
     assert_agree(lambda q, k, v, b, g, S: delta_rule(q, k, v, b, g, state=S), inputs)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("shape", [(B, T, H), (B, T, H, K)], ids=["scalar", "full"])
+def test_dplr_rule(levels, shape):
+    a = F.normalize(normal(B, T, H, K), dim=-1)
+    b = -a * torch.rand(B, T, H, K, dtype=torch.float64)
+    inputs = [normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V), a, b, gates(levels, *shape)]
+    assert_agree(lambda q, k, v, a, b, g, S: dplr_rule(q, k, v, a, b, g, state=S), [*inputs, normal(B, H, K, V)])
 
 
 @pytest.mark.parametrize("levels", LEVELS)
