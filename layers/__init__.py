@@ -27,6 +27,9 @@ from subquad.layers.rwkv4 import RWKV4 as RWKV4
 from subquad.layers.rwkv5 import RWKV5 as RWKV5
 from subquad.layers.rwkv6 import RWKV6 as RWKV6
 from subquad.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
+from subquad.layers.s4 import S4 as S4
+from subquad.layers.s4d import S4D as S4D
+from subquad.layers.s5 import S5 as S5
 from subquad.layers.sparse_attention import SparseAttention as SparseAttention
 from subquad.layers.topk_attention import TopKAttention as TopKAttention
 

@@ -37,6 +37,9 @@ VARIANTS = {
     "hgrn-bounded": ("HGRN", {"lower_bound": 0.6}),
     "hgrn2-bound": ("HGRN2", {"lower_bound": 0.4}),
     "mlstm-wide-values": ("MLSTM", {"n_heads": 2, "expand_v": 2.0, "gate_soft_cap": 5.0}),
+    "s4d-inv-bilinear": ("S4D", {"init": "inv", "discretization": "bilinear", "d_state": 6}),
+    "s4d-lin": ("S4D", {"init": "lin", "d_state": 10}),
+    "s5-blocks-bilinear": ("S5", {"n_blocks": 4, "d_state": 24, "discretization": "bilinear"}),
     "mamba2-groups": ("Mamba2", {"n_groups": 2, "head_dim": 16, "d_state": 12}),
     "gated-deltanet-negative": (
         "GatedDeltaNet",
