@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unfl
 
 from subquad.errors import UserError
 from subquad.kernels.state import accumulator_dtype
+from subquad.layers.routers import count_loads, update_balance_biases
 from subquad.models.config import LMConfig
 from subquad.models.lm import LM, LMState
 from subquad.train.rows import IGNORED, Batch, Carry
@@ -104,6 +105,7 @@ class LanguageModeling(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         total, count, shared = self.nats(batch, "train")
+        count_loads(self.lm, shared)
         loss = total / count.clamp(min=1)
         self.log("step", float(self.global_step + 1))  # the loggers' axis: updates done once this batch is
         self.log("train/loss", loss.detach(), batch_size=1)
@@ -116,6 +118,10 @@ class LanguageModeling(LightningModule):
             if kind in ("loss", "log"):
                 self.log(f"train/{rest}", value.detach().float(), batch_size=1)
         return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        update_balance_biases(self.lm)
 
     def on_validation_epoch_start(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64)

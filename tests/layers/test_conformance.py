@@ -51,7 +51,12 @@ VARIANTS = {
     ),
     "gated-short-conv-wide": ("GatedShortConv", {"d_conv": 5, "bias": True}),
     "rwkv7-channel-mix": ("RWKVChannelMix", {"gated": False, "layer_idx": 1, "n_layers": 3}),
-    "moe-shared": ("MoE", {"n_shared": 1, "top_k": 3, "renormalize": False}),
+    "moe-shared": ("MoE", {"n_shared": 1, "top_k": 3, "renormalize": False, "shared_gate": True}),
+    "moe-sigmoid-groups": (
+        "MoE",
+        {"score": "sigmoid", "n_groups": 4, "top_groups": 2, "balance_rate": 1e-3, "scale": 2.5, "z_loss": 1e-3},
+    ),
+    "moe-expert-choice": ("MoE", {"routing": "expert_choice", "n_experts": 5, "capacity_factor": 1.7}),
     "sparse-bigbird": (
         "SparseAttention",
         {"n_heads": 4, "n_kv_heads": 2, "pattern": {"name": "bigbird", "block": 8, "span": 6, "n_global": 8}},

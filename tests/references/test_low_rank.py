@@ -1,0 +1,137 @@
+"""Routers of mixtures and low-rank attention give transformers' numbers."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from subquad.compare.cpu import torch_only
+from subquad.kernels.examples import relative_error
+from subquad.layers import MoE
+
+TOLERANCE = 1e-5  # float32
+D, TIME = 48, 90
+SIZES = {"hidden_size": D, "num_attention_heads": 6, "moe_intermediate_size": 40, "hidden_act": "silu"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_transformers():
+    """No kernel package that happens to be installed stands between its torch code and the comparison."""
+    with torch_only():
+        yield
+
+
+@torch.no_grad()
+def randomized(module: nn.Module) -> nn.Module:
+    for p in module.parameters():
+        p.normal_(std=p.shape[-1] ** -0.5) if p.dim() > 1 else p.add_(0.3 * torch.randn_like(p))
+    return module.eval()
+
+
+MOE = {
+    "gate.weight": "router.weight",
+    "gate.e_score_correction_bias": "router.balance_bias",
+    "experts.gate_up_proj": "experts.gate_up",
+    "experts.down_proj": "experts.down",
+    "shared_expert_gate.weight": "shared_gate.weight",
+}
+
+
+@torch.no_grad()
+def check_moe(ours: MoE, theirs: nn.Module) -> None:
+    weights = {
+        MOE.get(name, name).replace("shared_expert.", "shared_experts."): value
+        for name, value in theirs.state_dict().items()
+    }
+    ours.load_state_dict(weights)
+    x = torch.randn(2, TIME, D)
+    assert relative_error(ours(x)[0], theirs(x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_gated_shared_expert(renormalize):
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+    config = transformers.Qwen2MoeConfig(
+        **SIZES, num_experts=8, num_experts_per_tok=3, shared_expert_intermediate_size=80, norm_topk_prob=renormalize
+    )
+    theirs = randomized(Qwen2MoeSparseMoeBlock(config))
+    check_moe(MoE(D, n_experts=8, top_k=3, d_ff=40, n_shared=2, shared_gate=True, renormalize=renormalize), theirs)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_sigmoid_scores_groups_and_biases(renormalize):
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    config = transformers.DeepseekV3Config(
+        **SIZES,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
+        n_shared_experts=1,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=renormalize,
+    )
+    theirs = randomized(DeepseekV3MoE(config))
+    theirs.gate.e_score_correction_bias.normal_(std=0.2)
+    ours = MoE(
+        D,
+        n_experts=16,
+        top_k=4,
+        d_ff=40,
+        score="sigmoid",
+        n_groups=4,
+        top_groups=2,
+        scale=2.5,
+        n_shared=1,
+        balance_rate=1e-3,
+        renormalize=renormalize,
+    )
+    check_moe(ours, theirs)
+
+
+def test_groups_by_their_best_expert():
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+    config = transformers.DeepseekV2Config(
+        **SIZES,
+        n_routed_experts=12,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        n_shared_experts=1,
+        routed_scaling_factor=1.5,
+        topk_method="group_limited_greedy",
+    )
+    theirs = randomized(DeepseekV2Moe(config))
+    ours = MoE(
+        D,
+        n_experts=12,
+        top_k=3,
+        d_ff=40,
+        n_groups=4,
+        top_groups=2,
+        group_score="max",
+        scale=1.5,
+        n_shared=1,
+        renormalize=False,
+    )
+    check_moe(ours, theirs)
+
+
+@torch.no_grad()
+def test_softmax_over_the_top_k():
+    """gpt-oss takes the softmax of the top k logits, which is the renormalised softmax."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+    theirs = GptOssTopKRouter(transformers.GptOssConfig(hidden_size=D, num_local_experts=8, num_experts_per_tok=3))
+    theirs.weight.normal_(std=0.2)
+    theirs.bias.zero_()
+    ours = MoE(D, n_experts=8, top_k=3)
+    ours.router.weight.copy_(theirs.weight)
+    x = torch.randn(TIME, D)
+    _, weight, expert = theirs(x)
+    choice = ours.router.choose(ours.router(x)[1])
+    assert torch.equal(choice.expert, expert)
+    assert relative_error(choice.weight, weight) < TOLERANCE
