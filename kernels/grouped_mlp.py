@@ -50,7 +50,7 @@ def _sorted(x, expert, weight, gate_up, down):
         return torch.zeros_like(x).index_add(0, token, out * weight)
     y, lengths = torch.zeros_like(x), counts.tolist()
     for e, (rows, w) in enumerate(zip(token.split(lengths), weight.split(lengths), strict=True)):
-        if len(rows):
+        if torch.compiler.is_compiling() or len(rows):  # a tracer cannot branch on a length that depends on the data
             y = y.index_add_(0, rows, _swiglu(x.index_select(0, rows), gate_up[e], down[e]) * w)
     return y
 

@@ -17,7 +17,7 @@ def test_the_unchecked_tests_of(file):
     command = [Path(sys.executable).with_name("pytest"), "-p", "no:cacheprovider", "--durations=5", TESTS / file]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # the worker's
     environment["SUBQUAD_TEST_UNCHECKED"] = "1"
-    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=1200)
     if done.returncode:
         pytest.fail(f"{done.stdout}\n{done.stderr}", pytrace=False)
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 1
