@@ -1,8 +1,5 @@
 """The loop: however prompts are batched, cut, forked or interrupted, the tokens are the same. All in float64."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -39,7 +36,7 @@ def test_a_prompt_in_a_batch_as_alone(model, settings):
     assert all(len(t) == 12 for t in alone)
 
 
-@pytest.mark.parametrize("chunk", [1, 16])
+@pytest.mark.parametrize("chunk", [3, 16])
 def test_prefill_in_chunks_as_at_once(model, chunk):
     assert tokens_of(model, PROMPTS, [5, 6, 7, 8], chunk=chunk)[0] == tokens_of(model, PROMPTS, [5, 6, 7, 8])[0]
 
@@ -234,25 +231,15 @@ def test_a_vocabulary_that_is_not_bytes_needs_a_tokenizer(small):
     assert generate(small("linear", vocab_size=300), "abc", tokenizer="bytes", max_new_tokens=2) is not None
 
 
-def test_greedy_does_without_transformers():
-    script = (
-        "import sys; from subquad import LM, generate;"
-        "m = LM.from_config({'d_model': 8, 'blocks': [{'pattern': [{'mixer': 'LinearAttention'}]}]});"
-        "generate(m, 'abc', max_new_tokens=3); generate(m, 'abc', max_new_tokens=3, temperature=1.0);"
-        "print(sorted({'transformers', 'lightning', 'matplotlib', 'rich'} & set(sys.modules)))"
-    )
-    assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True) == "[]\n"
-
-
 class TestSampling:
     scores = torch.tensor([[2.0, 1.0, 0.5, -1.0, float("-inf")], [0.1, 0.2, 0.3, 0.4, 0.5]])
     seen = torch.tensor([[True, False, False, True, False], [False] * 5])
 
     def draw(self, n=4000, **settings):
         sampling = Sampling(temperature=settings.pop("temperature", 1.0), **settings)
-        generators = [torch.Generator().manual_seed(i) for i in (1, 2)]
-        drawn = torch.stack([sampling.pick(self.scores, self.seen, generators) for _ in range(n)])
-        return torch.stack([drawn[:, i].bincount(minlength=5) / n for i in (0, 1)])
+        chance = torch.Generator().manual_seed(1)
+        drawn = sampling.pick(self.scores.repeat(n, 1), self.seen.repeat(n, 1), [chance] * 2 * n)
+        return torch.stack([drawn[i::2].bincount(minlength=5) / n for i in (0, 1)])
 
     def wanted(self, settings):
         """The distribution by the definitions, written out."""
