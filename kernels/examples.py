@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 import subquad.kernels
 from subquad.errors import UserError
 from subquad.kernels.backend import OPS, backend
+from subquad.kernels.native_sparse_attention import NSACache
 from subquad.kernels.patterns import make_pattern
 from subquad.kernels.sparse_attention import SparseCache, empty_cache
 from subquad.kernels.state import KVCache, RingCache
@@ -334,6 +335,15 @@ def _topk_attention(r: Draw) -> Iterator[Case]:
         yield f"{top_k} blocks", inputs, {"block": block, "top_k": top_k}, state
 
 
+def _native_sparse_attention(r: Draw) -> Iterator[Case]:
+    H, G, K, V, block = 4, 2, 5, 7, 6
+    slots, blocks = 24 + r.T, -(-(24 + r.T) // block)
+    inputs = {"q": r.tokens(H, K), "k": r.tokens(G, K), "v": r.tokens(G, V), "gates": r.uniform(r.B, r.T, H, 3)}
+    caches = [r.normal(r.N, s, G, width) for s in (slots, blocks) for width in (K, V)]
+    options = {"block": block, "top_k": 4, "window": 9}
+    yield "plain", inputs, options, NSACache(*caches, r.integers(0, 24, r.N))
+
+
 _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "attention": _attention,
     "delta_rule": _delta_rule,
@@ -345,6 +355,7 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "scan": _scan,
     "selective_scan": _selective_scan,
     "short_conv": _short_conv,
+    "native_sparse_attention": _native_sparse_attention,
     "sparse_attention": _sparse_attention,
     "topk_attention": _topk_attention,
 }

@@ -20,6 +20,7 @@ from subquad.layers.mlp import MLP as MLP
 from subquad.layers.mlp import SwiGLU as SwiGLU
 from subquad.layers.mlstm import MLSTM as MLSTM
 from subquad.layers.moe import MoE as MoE
+from subquad.layers.native_sparse_attention import NativeSparseAttention as NativeSparseAttention
 from subquad.layers.parallel import Parallel as Parallel
 from subquad.layers.retention import Retention as Retention
 from subquad.layers.rglru import RGLRU as RGLRU

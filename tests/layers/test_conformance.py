@@ -81,6 +81,10 @@ VARIANTS = {
         },
     ),
     "topk-grouped": ("TopKAttention", {"n_heads": 4, "n_kv_heads": 2, "block": 8, "bias": True}),
+    "nsa-grouped": (
+        "NativeSparseAttention",
+        {"n_heads": 4, "n_kv_heads": 2, "block": 8, "top_k": 4, "window": 10, "bias": True},
+    ),
 }
 SUBJECTS = {name: (name, {}) for name in available()} | VARIANTS
 

@@ -1,15 +1,19 @@
-"""Sparse attention gives transformers' numbers: Longformer, BigBird with its block table, Reformer's local layer."""
+"""Sparse attention gives transformers' numbers: Longformer, BigBird with its block table, Reformer's local layer; native
+sparse attention gives fla's."""
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 import transformers
+from fla.ops.nsa.naive import naive_nsa_compression, naive_nsa_selection, naive_nsa_topk
 from torch import nn
 from transformers.models.big_bird import modeling_big_bird
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 from transformers.models.reformer.modeling_reformer import LocalSelfAttention
 
 from subquad.kernels.examples import relative_error
+from subquad.kernels.native_sparse_attention import native_sparse_attention
 from subquad.kernels.patterns import GlobalTokens, LocalBlocks, RandomBlocks, SparsePattern
 from subquad.layers import SparseAttention
 
@@ -101,3 +105,21 @@ def test_reformers_local_layer():
     x = torch.randn(2, 48, D)
     ours = ours_like(theirs, pattern={"name": "local_blocks", "block": 8, "n_before": 2})
     assert relative_error(ours(x)[0], theirs(x).hidden_states) < TOLERANCE
+
+
+@pytest.mark.parametrize("branch", [0, 1])
+@torch.no_grad()
+def test_native_sparse_attention(branch):
+    """Its compressed and its selected branch, each under a gate of its own."""
+    B, T, heads, G, K, block, top_k = 2, 96, 8, 2, 12, 8, 5
+    q, k, v = (torch.randn(B, T, n, K) for n in (heads, G, G))
+    mean_k, mean_v = (x.unflatten(1, (-1, block)).mean(2) for x in (k, v))
+    if branch == 0:
+        expected, _ = naive_nsa_compression(q, mean_k, mean_v, block, 1.0)
+    else:
+        chosen = naive_nsa_topk(q, mean_k, top_k, block, 1.0)
+        expected = naive_nsa_selection(q, k, v, torch.where(chosen < 0, T, chosen), block, 1.0)  # beyond: unread
+    gates = torch.zeros(B, T, heads, 3)
+    gates[..., branch] = 1
+    out, _ = native_sparse_attention(q, k, v, gates, block=block, top_k=top_k, window=4)
+    assert relative_error(out, expected) < TOLERANCE

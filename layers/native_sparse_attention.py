@@ -1,0 +1,108 @@
+"""Native sparse attention: compressed, selected and window branches."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from subquad.errors import UserError
+from subquad.kernels.native_sparse_attention import FORCED, NSACache, native_sparse_attention
+from subquad.kernels.packing import mask_padding, positions
+from subquad.layers.base import Card, Layer, check_divides, default_head_dim, residual_linear, state_dtype
+from subquad.layers.rotary import rotary_angles, rotate
+
+
+class NativeSparseAttention(Layer):
+    """Native sparse attention (Yuan et al. 2025, arXiv:2502.11089), with blocks compressed to their means.
+
+    y_t = o_proj(g1 compressed_t + g2 selected_t + g3 window_t), g = sigmoid(g_proj x_t) a head: attention to the means
+    of complete blocks; to top_k blocks, chosen by the compressed attention for all heads that share a key; and to the
+    last `window` tokens. The branches share keys and values, so one cache serves all of them.
+
+    Cost: train O(T (T / block + top_k block + window) D); decode O((S / block + top_k block + window) D) a token; state
+    2 S G K (1 + 1 / block) values.
+
+    Arguments
+        block: tokens in a block. top_k: blocks selected, at least 3: the first, the previous and the own one always
+            are. window: W.
+        n_heads: H; by default heads of width 64. head_dim: K; d_model / n_heads by default.
+        n_kv_heads: G, dividing H; by default H / 4 where that is whole, else 1.
+        rope_theta: base of the rotary embedding, None for none. bias: on q, k, v. out_bias: on the output.
+    """
+
+    card = Card(
+        "Yuan et al. 2025, arXiv:2502.11089",
+        "native_sparse_attention",
+        "O(T (T / block + top_k block + W) D)",
+        "O((S / block + top_k block + W) D)",
+        "2 S G K (1 + 1 / block)",
+    )
+    constant_state = False
+    discrete = True
+    min_width = 2
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        block: int = 32,
+        top_k: int = 8,
+        window: int = 128,
+        n_heads: int | None = None,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_theta: float | None = 10000.0,
+        bias: bool = False,
+        out_bias: bool = False,
+    ):
+        super().__init__()
+        n_heads = n_heads or d_model // (head_dim or default_head_dim(d_model))
+        if head_dim is None:
+            check_divides(self, "n_heads", n_heads, "d_model", d_model)
+        self.head_dim = head_dim or d_model // n_heads
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads or (n_heads // 4 if n_heads % 4 == 0 else 1)
+        check_divides(self, "n_kv_heads", self.n_kv_heads, "n_heads", n_heads)
+        if rope_theta is not None and self.head_dim % 2:
+            raise UserError(
+                f"NativeSparseAttention: rotary embedding turns pairs, but a head has {self.head_dim} features"
+            )
+        if block < 1 or window < 1 or top_k < FORCED:
+            raise UserError(
+                f"NativeSparseAttention: block and window must be at least 1 and top_k at least {FORCED}; got {block}, "
+                f"{window} and {top_k}"
+            )
+        self.block, self.top_k, self.window, self.rope_theta = block, top_k, window, rope_theta
+        self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=bias)
+        self.g_proj = nn.Linear(d_model, 3 * n_heads, bias=False)
+        self.o_proj = residual_linear(n_heads * self.head_dim, d_model, bias=out_bias)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], state: NSACache | None = None, cu_seqlens: Int[Tensor, "M"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], NSACache | None]:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rope_theta is not None:
+            at = positions(x.shape[1], None if state is None else state.count, cu_seqlens, x.device)
+            cos, sin = rotary_angles(at, self.head_dim, self.rope_theta, q.dtype)
+            q, k = rotate(torch.cat([q, k], 2), cos, sin).split([self.n_heads, self.n_kv_heads], 2)
+        o, state = native_sparse_attention(
+            q * self.head_dim**-0.5,
+            k,
+            v,
+            self.g_proj(x).sigmoid().unflatten(-1, (-1, 3)),
+            block=self.block,
+            top_k=self.top_k,
+            window=self.window,
+            state=state,
+            cu_seqlens=cu_seqlens,
+        )
+        return mask_padding(self.o_proj(o.flatten(-2)), cu_seqlens), state
+
+    def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> NSACache:
+        """An empty cache of max_len tokens and their blocks' means."""
+        dtype, device = state_dtype(self, dtype), self.k_proj.weight.device
+        k = torch.zeros(batch_size, max_len, self.n_kv_heads, self.head_dim, dtype=dtype, device=device)
+        mean = k.new_zeros(batch_size, -(-max_len // self.block), self.n_kv_heads, self.head_dim)
+        count = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return NSACache(k, torch.zeros_like(k), mean, torch.zeros_like(mean), count)
