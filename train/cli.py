@@ -35,6 +35,7 @@ NOT_OURS_TO_HEED = (
     r".*`LightningCLI`'s args parameter.*",
     r".*Starting from v1.9.0, `tensorboardX`.*",
     r".*GPU available but not used.*",
+    r".*recommended to use `self.log\('(step|val)/?\w*', ..., sync_dist=True\)`.*",  # these are summed already
     r".*Please add the following callbacks: \['RunCheckpoints'\].*",  # validating needs none
 )
 CANNOT_WRITE = {
@@ -96,6 +97,8 @@ class TrainCLI(LightningCLI):
         self.progress = RunProgress(self.run_folder, bar=given["enable_progress_bar"] is not False)
         own: dict[str, Any] = {"enable_progress_bar": False, "logger": False, "default_root_dir": str(self.run_folder)}
         callbacks = [self.progress]
+        if given["max_epochs"] is None and given["max_steps"] == -1:
+            own["max_epochs"] = 1
         if self.subcommand == "fit":
             if given["logger"] is not False:
                 own["logger"] = self._loggers()
@@ -161,7 +164,7 @@ class TrainCLI(LightningCLI):
         draw_curve(run, gzip)
         checkpoint.save(self.model.lm, run / "model", tokenizer=self.datamodule.tokenizer, overwrite=True)
         print(f"validation after {step} steps: {float(bpb):.3f} bits per byte (gzip -9 of the same text: {gzip:.3f})")
-        print(f"trained for {self.progress.training_seconds:.0f} s; curve {run}/curve.png, model {run}/model")
+        print(f"trained for {self.progress.training_seconds:.0f} s; the run is in {run}, the model in {run}/model")
 
     def validate(self, **kwargs: Any) -> None:
         self._evaluate("validate", **kwargs)

@@ -80,27 +80,11 @@ def test_a_damaged_cache_is_named(tmp_path, texts):
         tokenize(documents, ByteTokenizer(), tmp_path)
 
 
-@pytest.fixture(scope="module")
-def word_tokenizer(tmp_path_factory):
-    """A Hugging Face tokenizer of whole words, with an end-of-text token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<unk>": 0, "<eos>": 1, "one": 2, "two": 3, "three": 4}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(
-        str(folder)
-    )
-    return load_tokenizer(folder)
-
-
 def test_hugging_face_tokens_end_with_eos(tmp_path, word_tokenizer):
     (tmp_path / "a").write_text("one two", encoding="utf-8")
     (tmp_path / "b").write_text("three", encoding="utf-8")
     files = read_files([tmp_path / "a", tmp_path / "b"])
-    tokens = tokenize(whole(files), word_tokenizer, tmp_path / "c")
+    tokens = tokenize(whole(files), load_tokenizer(word_tokenizer), tmp_path / "c")
     assert tokens.tokens.tolist() == [2, 3, 1, 4, 1]
     assert tokens.starts.tolist() == [0, 3, 5]
     assert tokens.bytes_per_token == 12 / 5
@@ -112,4 +96,4 @@ def test_text_that_is_not_utf8(tmp_path, word_tokenizer):
     documents = whole(read_files([path]))
     assert bytes(tokenize(documents, ByteTokenizer(), tmp_path / "c").tokens) == b"caf\xe9"
     with pytest.raises(UserError, match=r"latin\.txt.*not UTF-8"):
-        tokenize(documents, word_tokenizer, tmp_path / "c")
+        tokenize(documents, load_tokenizer(word_tokenizer), tmp_path / "c")

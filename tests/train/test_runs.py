@@ -1,6 +1,7 @@
 """`subquad train` from the command line: what a run leaves behind, stops and resumes, and what it refuses."""
 
 import csv
+import math
 import os
 import random
 import re
@@ -17,6 +18,7 @@ import yaml
 from subquad.cli import main as subquad
 from subquad.models import checkpoint
 from subquad.models.config import LMConfig
+from subquad.models.tokenizer import load_tokenizer
 from subquad.train.checkpoints import AtomicCheckpointIO, newest
 from subquad.train.cli import main
 from subquad.train.progress import draw_curve, read_metrics
@@ -298,3 +300,30 @@ def test_asked_twice_stops_at_once(config, tmp_path, at_step, capsys):
     assert fit(config, tmp_path / "run", "--checkpoint_every", "3") == 130
     assert "step-00000006.ckpt; go on with" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_without_a_limit_it_is_one_epoch(config, tmp_path):
+    assert fit(config, tmp_path / "run", "--trainer.max_steps", "-1") == 0
+    assert newest(tmp_path / "run" / "checkpoints").name == "step-00000019.ckpt"
+
+
+def test_a_hugging_face_tokenizer_goes_with_the_model(config, tmp_path, word_tokenizer, capsys):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("one two three two one two\n" * 40, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("three two one\n" * 40, encoding="utf-8")
+    options = [
+        "--data.files",
+        str(tmp_path / "*.txt"),
+        "--data.tokenizer",
+        str(word_tokenizer),
+        "--model.lm.vocab_size",
+    ]
+    assert subquad(["train", "fit", "--config", str(config), *options, "4"]) == 2
+    assert "vocab_size is 4" in capsys.readouterr().err
+    assert fit(config, tmp_path / "run", *options, "8") == 0
+    tokenizer = load_tokenizer(tmp_path / "run" / "model")
+    assert tokenizer.encode("one two") == [2, 3] and tokenizer.eos_id == 1
+    rows = read_metrics(tmp_path / "run")
+    last = [row for row in rows if "val/bpb" in row][-1]
+    n_bytes, n_tokens = 8 * (26 + 14), 8 * (6 + 3) + 2  # the last 8 lines of each file, and their ends
+    assert last["val/bpb"] == pytest.approx(last["val/loss"] / math.log(2) * n_tokens / n_bytes)

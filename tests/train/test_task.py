@@ -102,7 +102,7 @@ def test_learning_rate_rises_then_falls_as_a_cosine():
     assert factors[0] == 0.1 and factors[9] == 1.0 and factors[10] == 1.0
     assert factors[60] == pytest.approx(0.55)
     assert factors[110] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(factors))
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
 
 
 @pytest.mark.parametrize("argument", [{"lr": 0.0}, {"warmup_steps": -1}, {"min_lr_ratio": 2.0}, {"betas": (0.9, 1.0)}])
