@@ -6,11 +6,14 @@ y, state = layer(x, state=None, cu_seqlens=None)
 from subquad.layers.attention import Attention as Attention
 from subquad.layers.base import Card as Card
 from subquad.layers.base import Layer as Layer
+from subquad.layers.deltanet import DeltaNet as DeltaNet
 from subquad.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from subquad.layers.gated_deltaproduct import GatedDeltaProduct as GatedDeltaProduct
 from subquad.layers.gated_short_conv import GatedShortConv as GatedShortConv
 from subquad.layers.gla import GatedLinearAttention as GatedLinearAttention
 from subquad.layers.hgrn import HGRN as HGRN
 from subquad.layers.hgrn2 import HGRN2 as HGRN2
+from subquad.layers.kimi_delta_attention import KimiDeltaAttention as KimiDeltaAttention
 from subquad.layers.lightning_attention import LightningAttention as LightningAttention
 from subquad.layers.linear_attention import LinearAttention as LinearAttention
 from subquad.layers.mamba import Mamba as Mamba
@@ -27,6 +30,7 @@ from subquad.layers.rglru import RGLRU as RGLRU
 from subquad.layers.rwkv4 import RWKV4 as RWKV4
 from subquad.layers.rwkv5 import RWKV5 as RWKV5
 from subquad.layers.rwkv6 import RWKV6 as RWKV6
+from subquad.layers.rwkv7 import RWKV7 as RWKV7
 from subquad.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from subquad.layers.s4 import S4 as S4
 from subquad.layers.s4d import S4D as S4D

@@ -41,6 +41,9 @@ VARIANTS = {
     "s4d-lin": ("S4D", {"init": "lin", "d_state": 10}),
     "s5-blocks-bilinear": ("S5", {"n_blocks": 4, "d_state": 24, "discretization": "bilinear"}),
     "mamba2-groups": ("Mamba2", {"n_groups": 2, "head_dim": 16, "d_state": 12}),
+    "deltanet-elu-sum": ("DeltaNet", {"feature_map": "elu", "qk_norm": "sum", "output_gate": True, "expand_v": 1.5}),
+    "gated-deltaproduct-3": ("GatedDeltaProduct", {"n_heads": 4, "n_factors": 3, "decay": False}),
+    "kda-wide": ("KimiDeltaAttention", {"n_heads": 3, "head_dim": 10, "expand_v": 1.5, "rank": 7, "d_conv": 3}),
     "gated-deltanet-negative": (
         "GatedDeltaNet",
         {"n_heads": 4, "n_key_heads": 2, "head_dim": 12, "expand_v": 2.0, "negative_eigenvalues": True},
