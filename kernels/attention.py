@@ -11,7 +11,7 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
 from subquad.kernels.cache import cached_positions, gather_before, write_cache, write_token
-from subquad.kernels.packing import advance, check_packed, mask_padding, positions, sequence_ids
+from subquad.kernels.packing import Padded, advance, check_packed, mask_padding, positions, sequence_ids
 from subquad.kernels.state import KVCache, RingCache
 
 QUERY_BLOCK = 256  # queries whose mask is held at a time where SDPA needs an explicit one
@@ -153,22 +153,9 @@ def _softmax_product(q, k, v, mask, sink_logits):
 def _blockwise(q, k, v, pattern, sink_logits, state, cu_seqlens):
     if state is None:
         return _fresh(q, k, v, pattern, sink_logits, cu_seqlens)
-    if cu_seqlens is None:
-        return _continued(q, k, v, pattern, sink_logits, state, None)
-    # Packed rows with caches: one padded row a sequence. On a CPU the longest length is read, elsewhere its bound
-    # serves.
-    lengths = cu_seqlens.diff().long()
-    on_host = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    longest = int(lengths.max()) if on_host else q.shape[1]
-    t = torch.arange(longest, device=q.device)
-    source = (cu_seqlens[:-1].long()[:, None] + t).clamp(max=max(q.shape[1] - 1, 0))
-    fresh = t < lengths[:, None]
-    padded = (torch.where(fresh[..., None, None], x[0][source], 0) for x in (q, k, v))
-    out, new_k, new_v = _continued(*padded, pattern, sink_logits, state, fresh)
-    ids, _ = sequence_ids(q.shape[1], cu_seqlens)
-    local = positions(q.shape[1], None, cu_seqlens)[0].clamp(max=max(longest - 1, 0))
-    row = out[ids, local] if longest else q.new_zeros(q.shape[1], q.shape[2], v.shape[3])
-    return mask_padding(row[None], cu_seqlens), new_k, new_v
+    rows = Padded(q.shape[1], cu_seqlens)
+    out, new_k, new_v = _continued(*map(rows.split, (q, k, v)), pattern, sink_logits, state, rows.filled)
+    return rows.join(out), new_k, new_v
 
 
 def _fresh(q, k, v, pattern, sink_logits, cu_seqlens):
@@ -227,11 +214,7 @@ def _continued(q, k, v, pattern, sink_logits, state, fresh):
     if isinstance(state, KVCache):
         keys, values = write_cache(state, k, v, at, fresh, 0)
         held = (x[:, :used].to(q.dtype) for x in (keys, values))
-        if fresh is None and before is not None and not any(before):
-            return _fresh(q, *held, pattern, sink_logits, None), keys, values
-        key_at = torch.arange(used, device=q.device)[None]
-        offset = None if before is None else max(before, default=0)
-        return _masked_blocks(q, *held, at, key_at, pattern, sink_logits, offset=offset), keys, values
+        return read_cache(q, *held, at, fresh, before, pattern, sink_logits), keys, values
     if time <= spare + 1:  # what the new tokens overwrite is out of every query's window
         keys, values = write_cache(state, k, v, at, fresh, pattern.n_sinks)
         ends = state.count + (time if fresh is None else fresh.sum(1))
@@ -241,6 +224,18 @@ def _continued(q, k, v, pattern, sink_logits, state, fresh):
     keys, values = write_cache(state, k, v, at, fresh, pattern.n_sinks)
     sinks = (keys[:, : pattern.n_sinks], values[:, : pattern.n_sinks]) if pattern.n_sinks else None
     return _banded(q, k, v, at, pattern, sink_logits, before, sinks), keys, values
+
+
+def read_cache(q, k, v, at, fresh, before, pattern, sink_logits):
+    """New tokens at positions `at` [N, T] over keys 0, 1, ... of a cache that holds theirs as well.
+
+    before: the counts of tokens before the new ones where the host knows them, else None.
+    """
+    if fresh is None and before is not None and not any(before):
+        return _fresh(q, k, v, pattern, sink_logits, None)
+    key_at = torch.arange(k.shape[1], device=q.device)[None]
+    offset = None if before is None else max(before, default=0)
+    return _masked_blocks(q, k, v, at, key_at, pattern, sink_logits, offset=offset)
 
 
 def _one_token(q, k, v, at, pattern, sink_logits, state, before):

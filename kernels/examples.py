@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 import subquad.kernels
 from subquad.errors import UserError
 from subquad.kernels.backend import OPS, backend
+from subquad.kernels.latent_attention import LatentCache
 from subquad.kernels.native_sparse_attention import NSACache
 from subquad.kernels.patterns import make_pattern
 from subquad.kernels.sparse_attention import SparseCache, empty_cache
@@ -212,6 +213,20 @@ def _grouped_mlp(r: Draw) -> Iterator[Case]:
 
 
 def _linear_attention(r: Draw) -> Iterator[Case]:
+def _latent_attention(r: Draw) -> Iterator[Case]:
+    H, K, P, V = 3, 5, 4, 7
+    # A short latent is absorbed for every length; a long one only for few new tokens.
+    for name, R in (("short latent", 2), ("long latent", 40)):
+        inputs = {"q": r.tokens(H, K), "q_rope": r.tokens(H, P), "c": r.tokens(R), "k_rope": r.tokens(P)}
+        weights = {"w_k": r.normal(H, K, R) / R**0.5, "w_v": r.normal(H, V, R)}
+        slots = 24 + r.T
+        cache = LatentCache(r.normal(r.N, slots, R), r.normal(r.N, slots, P), r.integers(0, 24, r.N))
+        yield name, inputs | weights, {}, cache
+        if r.carried:
+            empty = cache._replace(count=torch.zeros_like(cache.count))
+            yield f"{name}, empty cache", inputs | weights, {}, empty
+
+
     H, G, K, V = 4, 2, 5, 7
 
     def qkv(groups: int) -> dict[str, Tensor]:
@@ -359,3 +374,4 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "sparse_attention": _sparse_attention,
     "topk_attention": _topk_attention,
 }
+    "latent_attention": _latent_attention,

@@ -126,6 +126,42 @@ class Prefixed:
         return buffer[0].index_select(0, self.tails.flatten()).unflatten(0, self.tails.shape)
 
 
+class Padded:
+    """Packed sequences as a padded batch [N, length, ...], one row a sequence; a batch stays as it is.
+
+    On a CPU the longest sequence is read for `length`, elsewhere the bound `time` serves. `filled` [N, length] is True
+    where a token is real, None for a batch.
+    """
+
+    def __init__(self, time: int, cu_seqlens: Tensor | None):
+        self.time, self.length, self.cu_seqlens = time, time, cu_seqlens
+        self.filled: Tensor | None = None
+        if cu_seqlens is None:
+            return
+        lengths = cu_seqlens.diff().long()
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.length = int(lengths.max())
+        t = torch.arange(self.length, device=cu_seqlens.device)
+        self.filled = t < lengths[:, None]
+        self.source = (cu_seqlens[:-1].long()[:, None] + t).clamp(max=max(time - 1, 0))
+
+    def split(self, x: Tensor) -> Tensor:
+        """[1, total, ...] -> [N, length, ...], zero past a sequence's end."""
+        if self.filled is None:
+            return x
+        return torch.where(self.filled.view(*self.filled.shape, *[1] * (x.dim() - 2)), x[0][self.source], 0)
+
+    def join(self, x: Tensor) -> Tensor:
+        """[N, length, ...] -> [1, total, ...]; padding rows are zero."""
+        if self.cu_seqlens is None:
+            return x
+        if not self.length:
+            return x.new_zeros(1, self.time, *x.shape[2:])
+        ids, _ = sequence_ids(self.time, self.cu_seqlens)
+        local = positions(self.time, None, self.cu_seqlens)[0].clamp(max=self.length - 1)
+        return mask_padding(x[ids, local][None], self.cu_seqlens)
+
+
 class Chunks:
     """Sequences cut into chunks of `size` tokens, none of which spans two sequences; short ones are filled with zeros.
 

@@ -14,6 +14,7 @@ from subquad.layers.gla import GatedLinearAttention as GatedLinearAttention
 from subquad.layers.hgrn import HGRN as HGRN
 from subquad.layers.hgrn2 import HGRN2 as HGRN2
 from subquad.layers.kimi_delta_attention import KimiDeltaAttention as KimiDeltaAttention
+from subquad.layers.latent_attention import LatentAttention as LatentAttention
 from subquad.layers.lightning_attention import LightningAttention as LightningAttention
 from subquad.layers.linear_attention import LinearAttention as LinearAttention
 from subquad.layers.mamba import Mamba as Mamba

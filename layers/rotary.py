@@ -29,3 +29,8 @@ def rotate(x: Float[Tensor, "B T H K"], cos: Tensor, sin: Tensor) -> Float[Tenso
     cos, sin = cos[..., None, None, :], torch.stack([-sin, sin], -2)[..., None, :, :]
     turned = torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2).to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
+
+
+def pairs_to_halves(x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B K"]:
+    """Features of interleaved pairs (0, 1), (2, 3), ... in the order that `rotate` turns them in."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

@@ -25,6 +25,11 @@ VARIANTS = {
     "attention-sink-logits": ("Attention", {"n_heads": 4, "sink_logits": True, "rope_theta": None}),
     "attention-bidirectional": ("Attention", {"causal": False}),
     "attention-bidirectional-window": ("Attention", {"causal": False, "window": 9, "n_sinks": 2}),
+    "latent-queries": (
+        "LatentAttention",
+        {"n_heads": 4, "kv_lora_rank": 9, "q_lora_rank": 10, "v_head_dim": 7, "rope_interleave": True, "bias": True},
+    ),
+    "latent-absorbed-no-rope": ("LatentAttention", {"n_heads": 4, "kv_lora_rank": 3, "rope_theta": None}),
     "linear-taylor": ("LinearAttention", {"feature_map": "taylor", "n_heads": 4, "feature_dim": 5}),
     "linear-softmax": ("LinearAttention", {"feature_map": "softmax", "normalizer": False}),
     "linear-performer": ("LinearAttention", {"feature_map": "performer", "n_features": 40}),

@@ -7,7 +7,8 @@ from torch import nn
 
 from subquad.compare.cpu import torch_only
 from subquad.kernels.examples import relative_error
-from subquad.layers import MoE
+from subquad.kernels.latent_attention import absorbs
+from subquad.layers import LatentAttention, MoE
 
 TOLERANCE = 1e-5  # float32
 D, TIME = 48, 90
@@ -135,3 +136,68 @@ def test_softmax_over_the_top_k():
     choice = ours.router.choose(ours.router(x)[1])
     assert torch.equal(choice.expert, expert)
     assert relative_error(choice.weight, weight) < TOLERANCE
+
+
+MLA = {
+    "q_a_layernorm": "q_a_norm",
+    "q_b_proj": "q_proj",
+    "kv_a_proj_with_mqa": "kv_a_proj",
+    "kv_a_layernorm": "kv_a_norm",
+}
+
+
+@pytest.mark.parametrize("q_rank", [None, 20])
+@pytest.mark.parametrize("kv_rank", [4, 32])
+@torch.no_grad()
+def test_latent_attention(q_rank, kv_rank):
+    """In one call, and token by token behind a prefill; a short latent is absorbed always, a long one in decoding."""
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+
+    config = transformers.DeepseekV3Config(
+        **SIZES,
+        num_key_value_heads=6,
+        q_lora_rank=q_rank,
+        kv_lora_rank=kv_rank,
+        qk_nope_head_dim=10,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        rope_interleave=q_rank is None,
+        attention_bias=q_rank is not None,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    )
+    config._attn_implementation = "eager"
+    theirs = randomized(deepseek.DeepseekV3Attention(config, 0))
+    ours = LatentAttention(
+        D,
+        n_heads=6,
+        kv_lora_rank=kv_rank,
+        q_lora_rank=q_rank,
+        qk_nope_head_dim=10,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        rope_theta=5000.0,
+        rope_interleave=q_rank is None,
+        bias=q_rank is not None,
+    )
+    weights = {}
+    for name, value in theirs.state_dict().items():
+        part, _, kind = name.rpartition(".")
+        weights[f"{MLA.get(part, part)}.{kind}"] = value
+    ours.load_state_dict(weights)
+    x = torch.randn(2, TIME, D)
+    angles = deepseek.DeepseekV3RotaryEmbedding(config)(x, torch.arange(TIME)[None])
+    future = torch.ones(TIME, TIME, dtype=torch.bool).triu(1)
+    mask = torch.zeros(TIME, TIME).masked_fill(future, -torch.inf)[None, None]
+    expected = theirs(x, position_embeddings=angles, attention_mask=mask)[0]
+    assert relative_error(ours(x)[0], expected) < TOLERANCE
+    outs, state = [], ours.init_state(2, TIME)
+    for piece in [x[:, :50], *x[:, 50:].split(1, 1)]:
+        y, state = ours(piece, state)
+        outs.append(y)
+    assert relative_error(torch.cat(outs, 1), expected) < TOLERANCE
+
+
+def test_few_tokens_absorb_and_many_expand():
+    sizes = {"R": 512, "K": 128, "V": 128, "P": 64}
+    assert absorbs(1, 4096, **sizes) and absorbs(64, 64_000, **sizes)
+    assert not absorbs(4096, 4096, **sizes) and not absorbs(512, 64_000, **sizes)
