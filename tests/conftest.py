@@ -65,6 +65,8 @@ def poisoned_memory():
 
         return wrapper
 
+    with torch.device("meta"):
+        torch.empty(0)  # `torch.device` as a context looks the factories up once: before they are wrapped
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, poisoned(getattr(torch, name)))

@@ -9,7 +9,6 @@ from subquad.layers import available
 from subquad.models.config import LMConfig
 from subquad.models.lm import LM, cross_entropy
 
-
 SMALL = [name for name in configs.names() if "/" not in name]
 
 
