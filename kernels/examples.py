@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 import subquad.kernels
 from subquad.errors import UserError
 from subquad.kernels.backend import OPS, backend
+from subquad.kernels.bucket_attention import BucketCache
 from subquad.kernels.latent_attention import LatentCache
 from subquad.kernels.native_sparse_attention import NSACache
 from subquad.kernels.patterns import make_pattern
@@ -359,8 +360,17 @@ def _native_sparse_attention(r: Draw) -> Iterator[Case]:
     yield "plain", inputs, options, NSACache(*caches, r.integers(0, 24, r.N))
 
 
+def _bucket_attention(r: Draw) -> Iterator[Case]:
+    H, K, n, W = 3, 5, 4, 6
+    inputs = {"q": r.tokens(H, K), "k": r.tokens(H, K), "v": r.tokens(H, K), "bucket": r.integers(0, n, r.B, r.T, H)}
+    rings = r.normal(r.N, H, n, W, K), r.normal(r.N, H, n, W, K)
+    state = BucketCache(*rings, r.integers(0, 3 * W, r.N, H, n), r.integers(0, 40, r.N))
+    yield "plain", inputs, {"n_buckets": n, "window": W}, state
+
+
 _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "attention": _attention,
+    "bucket_attention": _bucket_attention,
     "delta_rule": _delta_rule,
     "dplr_rule": _dplr_rule,
     "grouped_mlp": _grouped_mlp,

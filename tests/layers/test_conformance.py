@@ -93,6 +93,7 @@ VARIANTS = {
         "NativeSparseAttention",
         {"n_heads": 4, "n_kv_heads": 2, "block": 8, "top_k": 4, "window": 10, "bias": True},
     ),
+    "lsh-small": ("LSHAttention", {"n_heads": 2, "n_buckets": 4, "window": 6, "bias": True}),
 }
 SUBJECTS = {name: (name, {}) for name in available()} | VARIANTS
 

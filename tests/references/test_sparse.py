@@ -1,5 +1,5 @@
-"""Sparse attention gives transformers' numbers: Longformer, BigBird with its block table, Reformer's local layer; native
-sparse attention gives fla's."""
+"""Sparse attention gives transformers' numbers (Longformer, BigBird with its block table, Reformer's local layer),
+native sparse attention gives fla's."""
 
 from dataclasses import dataclass, field
 
