@@ -62,8 +62,8 @@ def _version(package: str) -> str:
 def _self_check(devices: list[str]) -> tuple[Table, list[str]]:
     """Each op's forms against its naive form in float64: the table, and one line for everything that is off."""
     table = Table(title="Self-check: relative error against the naive form, float64", title_justify="left")
-    for heading in ("op", "form", "device", "examples", "largest error", "verdict"):
-        table.add_column(heading, justify="right" if heading in ("examples", "largest error") else "left")
+    for heading in ("op", "form", "device", "examples", "worst", "verdict"):
+        table.add_column(heading, justify="right" if heading in ("examples", "worst") else "left")
     failures = []
     for op, forms in sorted(load_ops().items()):
         for form, device in _placements(forms, devices):
