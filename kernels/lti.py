@@ -47,7 +47,7 @@ def lti(
         raise UserError("lti: a transition of low rank takes both P and Q")
     form = pick("lti", _FORMS, u)
     real = accumulator_dtype(u.dtype)
-    dtype = real.to_complex() if A.is_complex() else real
+    dtype = torch.promote_types(real, torch.complex64) if A.is_complex() else real
     with full_precision(u):
         n_seqs = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         x0 = u.new_zeros(n_seqs, *A.shape, dtype=dtype) if state is None else state.to(dtype)
@@ -134,7 +134,7 @@ class _Maps:
             read = read + self.s_from_x @ s_to_y
             whole = _plus_diagonal(self.indirect.mT @ self.s_from_x.mT, whole)
         self.within, self.read, self.write = within.to(dtype), read.to(dtype), write.to(dtype)
-        self.whole = whole.to(dtype.to_complex() if whole.is_complex() else dtype)
+        self.whole = whole.to(torch.promote_types(dtype, torch.complex64) if whole.is_complex() else dtype)
 
     def _kernel(self, weights: Tensor, late: bool = False) -> Tensor:
         """Toeplitz [H, source, target] of Re sum(weights A^j), j = target - source; one step later if `late`."""
