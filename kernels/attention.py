@@ -172,7 +172,7 @@ def _fresh(q, k, v, pattern, sink_logits, cu_seqlens):
     if sink_logits is not None:
         at = positions(q.shape[1], None, None, q.device)
         return _masked_blocks(q, k, v, at, at, pattern, sink_logits, offset=0 if pattern.causal else None)
-    return _sdpa(q, k, v, None, is_causal=pattern.causal)
+    return sdpa(q, k, v, None, is_causal=pattern.causal)
 
 
 def _each_sequence(q, k, v, pattern, sink_logits, cu_seqlens):
@@ -248,7 +248,7 @@ def _one_token(q, k, v, at, pattern, sink_logits, state, before):
         keys, values = write_cache(state, k, v, at, None, pattern.n_sinks)
         mask = (torch.arange(used, device=q.device) <= at)[:, None, None]
     held = (x[:, :used].to(q.dtype) for x in (keys, values))
-    return _sdpa(q, *held, mask, sink_logits=sink_logits), keys, values
+    return sdpa(q, *held, mask, sink_logits=sink_logits), keys, values
 
 
 def _banded(q, k, v, at, pattern, sink_logits, before=None, sinks=None):
@@ -281,7 +281,7 @@ def _banded(q, k, v, at, pattern, sink_logits, before=None, sinks=None):
         keys = torch.cat([keys, sink_k.to(keys.dtype).repeat_interleave(count, 0)], 1)
         values = torch.cat([values, sink_v.to(values.dtype).repeat_interleave(count, 0)], 1)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)
-    out = _sdpa(queries, keys, values, mask[:, None], sink_logits=sink_logits)
+    out = sdpa(queries, keys, values, mask[:, None], sink_logits=sink_logits)
     return out.unflatten(0, (batch, count)).flatten(1, 2)[:, :time]
 
 
@@ -300,11 +300,11 @@ def _masked_blocks(q, k, v, at, key_at, pattern, sink_logits, ids=None, offset=N
         mask = pattern.reads(at[:, span], key_at[:, seen])
         if ids is not None:
             mask = mask & (ids[:, span, None] == ids[:, None, seen])
-        outs.append(_sdpa(q[:, span], k[:, seen], v[:, seen], mask[:, None], sink_logits=sink_logits))
+        outs.append(sdpa(q[:, span], k[:, seen], v[:, seen], mask[:, None], sink_logits=sink_logits))
     return torch.cat(outs, 1) if len(outs) != 1 else outs[0]
 
 
-def _sdpa(q, k, v, mask, *, is_causal=False, sink_logits=None):
+def sdpa(q, k, v, mask, *, is_causal=False, sink_logits=None):
     """torch's attention on [N, T, H, .] tensors. mask: True where read, [N | 1, 1, T, S]; None reads everything."""
     (N, T, H), G = q.shape[:3], k.shape[2]
     if sink_logits is not None:  # one more key of zeros whose score is the sink's logit

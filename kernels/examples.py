@@ -19,6 +19,7 @@ from subquad.errors import UserError
 from subquad.kernels.backend import OPS, backend
 from subquad.kernels.bucket_attention import BucketCache
 from subquad.kernels.latent_attention import LatentCache
+from subquad.kernels.linformer_attention import SummaryCache
 from subquad.kernels.native_sparse_attention import NSACache
 from subquad.kernels.patterns import make_pattern
 from subquad.kernels.sparse_attention import SparseCache, empty_cache
@@ -251,6 +252,20 @@ def _latent_attention(r: Draw) -> Iterator[Case]:
     yield "normalizer", positive, {"normalizer": 1e-3}, (S(), r.uniform(r.N, H, K))
 
 
+def _linformer_attention(r: Draw) -> Iterator[Case]:
+    H, K, V, R, C = 3, 5, 7, 2, 6
+
+    def inputs(length: int) -> dict[str, Tensor]:
+        qkv = {"q": r.tokens(H, K), "k": r.tokens(H, K), "v": r.tokens(H, V)}
+        return qkv | {"e_k": r.normal(R, length), "e_v": r.normal(R, length)}
+
+    slots = (24 + r.T) // C * R
+    caches = [r.normal(r.N, n, H, width) for n in (slots, C) for width in (K, V)]
+    yield "causal", inputs(C), {}, SummaryCache(*caches, r.integers(0, 24, r.N))
+    if not r.carried:
+        yield "bidirectional", inputs(r.T + 3), {"causal": False}, None
+
+
 def _delta_rule(r: Draw) -> Iterator[Case]:
     H, G, K, V = 4, 2, 5, 7
 
@@ -376,6 +391,7 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "grouped_mlp": _grouped_mlp,
     "linear_attention": _linear_attention,
     "lti": _lti,
+    "linformer_attention": _linformer_attention,
     "running_max": _running_max,
     "scan": _scan,
     "selective_scan": _selective_scan,

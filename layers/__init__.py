@@ -17,6 +17,7 @@ from subquad.layers.kimi_delta_attention import KimiDeltaAttention as KimiDeltaA
 from subquad.layers.latent_attention import LatentAttention as LatentAttention
 from subquad.layers.lightning_attention import LightningAttention as LightningAttention
 from subquad.layers.linear_attention import LinearAttention as LinearAttention
+from subquad.layers.linformer import LinformerAttention as LinformerAttention
 from subquad.layers.lsh_attention import LSHAttention as LSHAttention
 from subquad.layers.mamba import Mamba as Mamba
 from subquad.layers.mamba2 import Mamba2 as Mamba2

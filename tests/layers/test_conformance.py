@@ -30,6 +30,8 @@ VARIANTS = {
         {"n_heads": 4, "kv_lora_rank": 9, "q_lora_rank": 10, "v_head_dim": 7, "rope_interleave": True, "bias": True},
     ),
     "latent-absorbed-no-rope": ("LatentAttention", {"n_heads": 4, "kv_lora_rank": 3, "rope_theta": None}),
+    "linformer-small-blocks": ("LinformerAttention", {"block": 7, "rank": 3, "share_kv": True, "rope_theta": None}),
+    "linformer-bidirectional": ("LinformerAttention", {"causal": False, "rank": 20, "bias": True}),
     "linear-taylor": ("LinearAttention", {"feature_map": "taylor", "n_heads": 4, "feature_dim": 5}),
     "linear-softmax": ("LinearAttention", {"feature_map": "softmax", "normalizer": False}),
     "linear-performer": ("LinearAttention", {"feature_map": "performer", "n_features": 40}),

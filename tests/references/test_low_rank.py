@@ -6,9 +6,10 @@ import transformers
 from torch import nn
 
 from subquad.compare.cpu import torch_only
+from subquad.errors import UserError
 from subquad.kernels.examples import relative_error
 from subquad.kernels.latent_attention import absorbs
-from subquad.layers import LatentAttention, MoE
+from subquad.layers import LatentAttention, LinformerAttention, MoE
 
 TOLERANCE = 1e-5  # float32
 D, TIME = 48, 90
@@ -201,3 +202,46 @@ def test_few_tokens_absorb_and_many_expand():
     sizes = {"R": 512, "K": 128, "V": 128, "P": 64}
     assert absorbs(1, 4096, **sizes) and absorbs(64, 64_000, **sizes)
     assert not absorbs(4096, 4096, **sizes) and not absorbs(512, 64_000, **sizes)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_linformer_is_its_dense_formula(causal):
+    """One dense softmax in float64: over E k and F v, or over the summaries of finished blocks and the own block."""
+    heads, rank, time = 4, 5, 61
+    length = 16 if causal else 80
+    sizes = {"block": length} if causal else {"max_len": length}
+    ours = LinformerAttention(D, n_heads=heads, causal=causal, rank=rank, rope_theta=None, **sizes).double()
+    x = torch.randn(2, time, D, dtype=torch.float64)
+    q, k, v = (p(x).unflatten(-1, (heads, -1)).transpose(1, 2) for p in (ours.q_proj, ours.k_proj, ours.v_proj))
+    n_blocks = time // length if causal else 0
+    combine = torch.zeros(2, n_blocks * rank if causal else rank, time, dtype=torch.float64)
+    for i, e in enumerate((ours.e_k, ours.e_v)):
+        if causal:
+            combine[i, :, : n_blocks * length] = torch.block_diag(*[e] * n_blocks)
+        else:
+            combine[i] = e[:, :time]
+    summary_k, summary_v = combine[0] @ k, combine[1] @ v
+    scores = q @ summary_k.mT
+    if causal:
+        t = torch.arange(time)
+        unfinished = t[:, None] // length <= torch.arange(n_blocks * rank) // rank
+        elsewhere = (t[:, None] // length != t // length) | (t[:, None] < t)
+        scores = torch.cat(
+            [scores.masked_fill(unfinished, -torch.inf), (q @ k.mT).masked_fill(elsewhere, -torch.inf)], -1
+        )
+        summary_v = torch.cat([summary_v, v], 2)
+    o = (scores / (D // heads) ** 0.5).softmax(-1) @ summary_v
+    expected = o.transpose(1, 2).flatten(2) @ ours.o_proj.weight.T
+    torch.testing.assert_close(ours(x)[0], expected)
+
+
+def test_linformer_says_where_its_projections_end():
+    layer = LinformerAttention(D, causal=False, max_len=10)
+    with pytest.raises(UserError, match="serve up to 10 tokens; 11 do not fit"):
+        layer(torch.randn(1, 11, D))
+    cu_seqlens = torch.tensor([0, 10, 20], dtype=torch.int32)
+    assert layer(torch.randn(1, 20, D), None, cu_seqlens)[0].isfinite().all()
+    layer = LinformerAttention(D, block=4)
+    with pytest.raises(UserError, match="2 blocks of 4; 12 tokens do not fit"):
+        layer(torch.randn(1, 12, D), layer.init_state(1, 8))
