@@ -141,7 +141,8 @@ class Context:
         def room(extra: dict[str, Tensor]) -> int:
             if not extra.keys() >= SAVED:
                 raise UserError(f"{path} holds a state alone; only what a generation saved says what comes next")
-            return int(extra["unread_lengths"].max()) + (0 if more is None else len(more)) + max_new_tokens
+            longest = int((extra["lengths"] + extra["unread_lengths"]).max())
+            return longest + (0 if more is None else len(more)) + max_new_tokens
 
         state, extra = load_state(path, model, room=room)
         generators = [torch.Generator() for _ in extra["generators"]]

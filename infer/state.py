@@ -90,7 +90,10 @@ def put(state: State, slots: int | Sequence[int], other: State) -> State:
 def reset(state: State, slots: int | Sequence[int], model: Any) -> State:
     """Empty these slots, in place: they become what `model.init_state` gives (running maxima do not start at zero)."""
     n = 1 if isinstance(slots, int) else len(slots)
-    return put(state, slots, model.init_state(n, capacity(state)))
+    fresh = model.init_state(n, capacity(state))
+    pairs = zip(leaves(fresh), leaves(state), strict=True)
+    cut = (new[:, : old.shape[1]] if kind == "append" else new for (_, kind, new), (_, _, old) in pairs)
+    return put(state, slots, _refilled(fresh, cut))
 
 
 def detach(state: State) -> State:
@@ -115,11 +118,11 @@ def save_state(
 
     Of caches only what is filled is written. The file appears whole or not at all.
     """
-    filled = _filled(state)
+    read = max((int(t.max()) for _, kind, t in leaves(state) if kind == "count" and t.numel()), default=0)
+    needed = {name: t.shape[1] for name, kind, t in leaves(model.init_state(1, max(read, 1))) if kind == "append"}
     tensors = {f"extra.{name}": t for name, t in (extra or {}).items()}
     for name, kind, t in leaves(state):
-        kept = t[:, : filled.get(_owner(name), t.shape[1])] if kind == "append" else t
-        tensors[f"state.{name}"] = _as_real(kept)
+        tensors[f"state.{name}"] = _as_real(t[:, : needed[name]] if read and kind == "append" else t)
     # A clone where the tensor is a view: safetensors refuses tensors that share memory.
     tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     about = {
@@ -128,6 +131,7 @@ def save_state(
         "fingerprint": fingerprint(model),
         "dtype": _dtype_name(model),
         "sequences": str(_batch(state)),
+        "room": str(read or capacity(state)),  # of the caches as they are in the file
     }
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata=about), overwrite=overwrite)
 
@@ -137,7 +141,7 @@ def load_state(
 ) -> tuple[LMState, dict[str, Tensor]]:
     """The state and the extra tensors of a file written by `save_state` for this model.
 
-    `room`: given the extra tensors, how many more tokens the caches must take than the file holds.
+    `room`: given the extra tensors, the tokens that the caches must have room for, those of the file included.
     """
     path = Path(path)
     if not path.is_file():
@@ -148,8 +152,7 @@ def load_state(
             _check_origin(path, about, model)
             names = set(file.keys())
             extra = {n.removeprefix("extra."): file.get_tensor(n).clone() for n in names if n.startswith("extra.")}
-            read = {name: file.get_slice(name).get_shape() for name in names if name.startswith("state.")}
-            state = _room_for(model, int(about["sequences"]), read, room(extra))
+            state = model.init_state(int(about["sequences"]), max(int(about["room"]), room(extra)))
             with torch.no_grad():
                 for name, kind, target in leaves(state):
                     source = _tensor(file, path, f"state.{name}", names)
@@ -163,13 +166,6 @@ def load_state(
     except (SafetensorError, OSError, KeyError) as error:
         raise UserError(f"{path} is damaged or no state file: {' '.join(str(error).split())}") from error
     return state, extra
-
-
-def _room_for(model: LM, sequences: int, shapes: Mapping[str, Sequence[int]], room: int) -> LMState:
-    """An empty state whose caches take what the file's do and `room` tokens more."""
-    kinds = {f"state.{name}": kind for name, kind, _ in leaves(model.init_state(1, 1))}
-    filled = max((shape[1] for name, shape in shapes.items() if kinds.get(name) in ("append", "ring")), default=0)
-    return model.init_state(sequences, max(filled + room, 1))
 
 
 def _tensor(file: Any, path: Path, name: str, names: set[str]) -> Tensor:
@@ -196,15 +192,6 @@ def _dtype_name(model: LM) -> str:
 def _batch(state: Any) -> int:
     sizes = [t.shape[0] for _, _, t in leaves(state)]
     return sizes[0] if sizes else 1
-
-
-def _owner(path: str) -> str:
-    """The NamedTuple a leaf belongs to, whose count tells how much of its caches is filled."""
-    return path.rpartition(".")[0]
-
-
-def _filled(state: Any) -> dict[str, int]:
-    return {_owner(name): int(t.max()) for name, kind, t in leaves(state) if kind == "count" and t.numel()}
 
 
 def _as_real(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from subquad.errors import UserError
 from subquad.infer import state as S
 from subquad.kernels.state import Count, Pool, Recurrent, leaves
+from subquad.layers import available
 from subquad.models.lm import LM, BlockState, LMState
 
 TOKENS = torch.tensor(
@@ -145,7 +146,7 @@ def test_a_file_goes_on_with_more_room(model, tmp_path):
     state = read(model, TOKENS, room=9)
     wanted = expected(model, TOKENS)
     S.save_state(tmp_path / "s", model, state, extra={"note": torch.tensor([3])})
-    loaded, extra = S.load_state(tmp_path / "s", model, room=lambda extra: int(extra["note"]))
+    loaded, extra = S.load_state(tmp_path / "s", model, room=lambda extra: 9 + int(extra["note"]))
     assert extra["note"].tolist() == [3]
     close(logits(model, AFTER, loaded), wanted)
 
@@ -155,6 +156,27 @@ def test_a_file_holds_only_what_is_filled(models, tmp_path):
     S.save_state(tmp_path / "s", model, read(model, TOKENS, room=5000))
     with safe_open(tmp_path / "s", framework="pt") as file:
         assert file.get_slice("state.blocks.0.mixer.k").get_shape() == [3, 9, 2, 4]
+
+
+@pytest.mark.parametrize("name", sorted(available()))
+def test_every_layer_that_decodes(name, tmp_path):
+    """Read 70 tokens, then go on after each operation, against reading everything alone. One model per layer."""
+    model = LM.from_config({"d_model": 32, "blocks": [{"pattern": [{"mixer": name}]}]}).double().eval()
+    if not hasattr(model.blocks[0].mixer, "init_state"):
+        pytest.skip("reads the whole sequence at once")
+    rows, after = torch.randint(256, (3, 70)), torch.randint(256, (3, 2))
+    wanted = expected(model, rows, after)
+    state = read(model, rows, room=80)
+    mark = S.mark(state)
+    close(logits(model, after, state), wanted)
+    state = S.rewind(state, mark)
+    S.save_state(tmp_path / "s", model, state)
+    moved = S.concatenate([S.select(state, [2]), S.fork(S.select(state, [0]), 2)])
+    close(logits(model, after, moved), expected(model, rows[[2, 0, 0]], after))
+    loaded, _ = S.load_state(tmp_path / "s", model, room=lambda extra: 100)
+    close(logits(model, after, loaded), wanted)
+    state = S.reset(S.put(state, 0, S.select(state, [1])), 2, model)
+    close(logits(model, after, state), expected(model, [rows[1], rows[1], rows[2, :0]], after))
 
 
 class ComplexState(NamedTuple):
