@@ -214,7 +214,6 @@ def _grouped_mlp(r: Draw) -> Iterator[Case]:
     yield "plain", {**inputs, "gate_up": r.normal(E, 2 * F, D), "down": r.normal(E, D, F)}, {}, None
 
 
-def _linear_attention(r: Draw) -> Iterator[Case]:
 def _latent_attention(r: Draw) -> Iterator[Case]:
     H, K, P, V = 3, 5, 4, 7
     # A short latent is absorbed for every length; a long one only for few new tokens.
@@ -229,6 +228,7 @@ def _latent_attention(r: Draw) -> Iterator[Case]:
             yield f"{name}, empty cache", inputs | weights, {}, empty
 
 
+def _linear_attention(r: Draw) -> Iterator[Case]:
     H, G, K, V = 4, 2, 5, 7
 
     def qkv(groups: int) -> dict[str, Tensor]:
@@ -389,6 +389,7 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "delta_rule": _delta_rule,
     "dplr_rule": _dplr_rule,
     "grouped_mlp": _grouped_mlp,
+    "latent_attention": _latent_attention,
     "linear_attention": _linear_attention,
     "lti": _lti,
     "linformer_attention": _linformer_attention,
@@ -400,4 +401,3 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "sparse_attention": _sparse_attention,
     "topk_attention": _topk_attention,
 }
-    "latent_attention": _latent_attention,
