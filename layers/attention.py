@@ -6,23 +6,18 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.attention import attention
-from subquad.kernels.packing import mask_padding, positions
 from subquad.kernels.state import KVCache, RingCache
 from subquad.layers.base import (
     Card,
-    Layer,
     available_if,
-    check_divides,
-    default_head_dim,
     no_weight_decay,
-    residual_linear,
     state_dtype,
 )
 from subquad.layers.norms import RMSNorm
-from subquad.layers.rotary import rotary_angles, rotate
+from subquad.layers.softmax_heads import SoftmaxLayer
 
 
-class Attention(Layer):
+class Attention(SoftmaxLayer):
     """Softmax attention (Vaswani et al. 2017, arXiv:1706.03762; grouped-query: Ainslie et al. 2023, arXiv:2305.13245).
 
     y_t = o_proj(concat_h sum_s softmax_s(q_t . k_s / sqrt(K)) v_s) over the s that causality, window and sinks allow.
@@ -51,7 +46,6 @@ class Attention(Layer):
         "2 S G K",
     )
     constant_state = False
-    min_width = 2
 
     def __init__(
         self,
@@ -72,29 +66,23 @@ class Attention(Layer):
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        n_heads = n_heads or d_model // (head_dim or default_head_dim(d_model))
-        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if head_dim is None:
-            check_divides(self, "n_heads", n_heads, "d_model", d_model)
-        check_divides(self, "n_kv_heads", n_kv_heads, "n_heads", n_heads)
-        self.head_dim = head_dim or d_model // n_heads
-        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+        self.build_heads(
+            d_model,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            rope_theta=rope_theta,
+            rope_fraction=rope_fraction,
+            bias=bias,
+            out_bias=out_bias,
+        )
         self.causal, self.window, self.n_sinks = causal, window, n_sinks
         if window is not None and window < 1:
             raise UserError(f"Attention: window is {window}; it must be at least 1, or null for none")
         self.constant_state = window is not None
-        self.rope_theta, self.rotary_dim = rope_theta, int(self.head_dim * rope_fraction)
-        if rope_theta is not None and self.rotary_dim % 2:
-            raise UserError(
-                f"Attention: rotary embedding turns pairs, but {self.rotary_dim} features of a head are odd"
-            )
-        self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = residual_linear(n_heads * self.head_dim, d_model, bias=out_bias)
         self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
-        self.sink_logits = no_weight_decay(nn.Parameter(torch.zeros(n_heads))) if sink_logits else None
+        self.sink_logits = no_weight_decay(nn.Parameter(torch.zeros(self.n_heads))) if sink_logits else None
 
     def forward(
         self,
@@ -102,15 +90,9 @@ class Attention(Layer):
         state: KVCache | RingCache | None = None,
         cu_seqlens: Int[Tensor, "M"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KVCache | RingCache | None]:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope_theta is not None:
-            at = positions(x.shape[1], None if state is None else state.count, cu_seqlens, x.device)
-            cos, sin = rotary_angles(at, self.rotary_dim, self.rope_theta, q.dtype)
-            q, k = rotate(torch.cat([q, k], 2), cos, sin).split([self.n_heads, self.n_kv_heads], 2)
+        q, k, v = self.heads(x, state, cu_seqlens)
         o, state = attention(
-            q * self.head_dim**-0.5,
+            q,
             k,
             v,
             causal=self.causal,
@@ -120,7 +102,7 @@ class Attention(Layer):
             state=state,
             cu_seqlens=cu_seqlens,
         )
-        return mask_padding(self.o_proj(o.flatten(-2)), cu_seqlens), state
+        return self.merge(o, cu_seqlens), state
 
     @available_if(lambda self: self.causal, "causal=False reads the whole sequence at once")
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> KVCache | RingCache:

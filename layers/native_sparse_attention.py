@@ -6,12 +6,11 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.native_sparse_attention import FORCED, NSACache, native_sparse_attention
-from subquad.kernels.packing import mask_padding, positions
-from subquad.layers.base import Card, Layer, check_divides, default_head_dim, residual_linear, state_dtype
-from subquad.layers.rotary import rotary_angles, rotate
+from subquad.layers.base import Card, default_head_dim, state_dtype
+from subquad.layers.softmax_heads import SoftmaxLayer
 
 
-class NativeSparseAttention(Layer):
+class NativeSparseAttention(SoftmaxLayer):
     """Native sparse attention (Yuan et al. 2025, arXiv:2502.11089), with blocks compressed to their means.
 
     y_t = o_proj(g1 compressed_t + g2 selected_t + g3 window_t), g = sigmoid(g_proj x_t) a head: attention to the means
@@ -38,7 +37,6 @@ class NativeSparseAttention(Layer):
     )
     constant_state = False
     discrete = True
-    min_width = 2
 
     def __init__(
         self,
@@ -56,38 +54,30 @@ class NativeSparseAttention(Layer):
     ):
         super().__init__()
         n_heads = n_heads or d_model // (head_dim or default_head_dim(d_model))
-        if head_dim is None:
-            check_divides(self, "n_heads", n_heads, "d_model", d_model)
-        self.head_dim = head_dim or d_model // n_heads
-        self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads or (n_heads // 4 if n_heads % 4 == 0 else 1)
-        check_divides(self, "n_kv_heads", self.n_kv_heads, "n_heads", n_heads)
-        if rope_theta is not None and self.head_dim % 2:
-            raise UserError(
-                f"NativeSparseAttention: rotary embedding turns pairs, but a head has {self.head_dim} features"
-            )
+        n_kv_heads = n_kv_heads or (n_heads // 4 if n_heads % 4 == 0 else 1)
+        self.build_heads(
+            d_model,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            rope_theta=rope_theta,
+            bias=bias,
+            out_bias=out_bias,
+        )
         if block < 1 or window < 1 or top_k < FORCED:
             raise UserError(
                 f"NativeSparseAttention: block and window must be at least 1 and top_k at least {FORCED}; got {block}, "
                 f"{window} and {top_k}"
             )
-        self.block, self.top_k, self.window, self.rope_theta = block, top_k, window, rope_theta
-        self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=bias)
+        self.block, self.top_k, self.window = block, top_k, window
         self.g_proj = nn.Linear(d_model, 3 * n_heads, bias=False)
-        self.o_proj = residual_linear(n_heads * self.head_dim, d_model, bias=out_bias)
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: NSACache | None = None, cu_seqlens: Int[Tensor, "M"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], NSACache | None]:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rope_theta is not None:
-            at = positions(x.shape[1], None if state is None else state.count, cu_seqlens, x.device)
-            cos, sin = rotary_angles(at, self.head_dim, self.rope_theta, q.dtype)
-            q, k = rotate(torch.cat([q, k], 2), cos, sin).split([self.n_heads, self.n_kv_heads], 2)
+        q, k, v = self.heads(x, state, cu_seqlens)
         o, state = native_sparse_attention(
-            q * self.head_dim**-0.5,
+            q,
             k,
             v,
             self.g_proj(x).sigmoid().unflatten(-1, (-1, 3)),
@@ -97,7 +87,7 @@ class NativeSparseAttention(Layer):
             state=state,
             cu_seqlens=cu_seqlens,
         )
-        return mask_padding(self.o_proj(o.flatten(-2)), cu_seqlens), state
+        return self.merge(o, cu_seqlens), state
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> NSACache:
         """An empty cache of max_len tokens and their blocks' means."""

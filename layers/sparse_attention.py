@@ -4,25 +4,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from subquad.errors import UserError
-from subquad.kernels.packing import mask_padding, positions
 from subquad.kernels.patterns import make_pattern
 from subquad.kernels.sparse_attention import SparseCache, empty_cache, sparse_attention
 from subquad.layers.base import (
     Card,
-    Layer,
     available_if,
-    check_divides,
-    default_head_dim,
-    residual_linear,
     state_dtype,
 )
-from subquad.layers.rotary import rotary_angles, rotate
+from subquad.layers.softmax_heads import SoftmaxLayer
 
 
-class SparseAttention(Layer):
+class SparseAttention(SoftmaxLayer):
     """Attention over a union of windows, blocks, global, random, strided and summary tokens (Beltagy et al. 2020,
     arXiv:2004.05150; Zaheer et al. 2020, arXiv:2007.14062; Child et al. 2019, arXiv:1904.10509).
 
@@ -50,7 +44,6 @@ class SparseAttention(Layer):
         "O(E_t D)",
         "2 (first + ring) G K; summaries add T width / stride, strided T",
     )
-    min_width = 2
 
     def __init__(
         self,
@@ -66,34 +59,27 @@ class SparseAttention(Layer):
         out_bias: bool = False,
     ):
         super().__init__()
-        n_heads = n_heads or d_model // (head_dim or default_head_dim(d_model))
-        if head_dim is None:
-            check_divides(self, "n_heads", n_heads, "d_model", d_model)
-        self.head_dim = head_dim or d_model // n_heads
-        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
-        check_divides(self, "n_kv_heads", self.n_kv_heads, "n_heads", n_heads)
-        if rope_theta is not None and self.head_dim % 2:
-            raise UserError(f"SparseAttention: rotary embedding turns pairs, but a head has {self.head_dim} features")
-        self.causal, self.rope_theta = causal, rope_theta
+        self.build_heads(
+            d_model,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            rope_theta=rope_theta,
+            bias=bias,
+            out_bias=out_bias,
+        )
+        self.causal = causal
         self.pattern = make_pattern(pattern, causal)
         for part in self.pattern.parts:
-            part.split(n_heads, causal)  # one dilation a head, or an error
+            part.split(self.n_heads, causal)  # one dilation a head, or an error
         self.constant_state = self.pattern.far is None
-        self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = residual_linear(n_heads * self.head_dim, d_model, bias=out_bias)
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: SparseCache | None = None, cu_seqlens: Int[Tensor, "M"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], SparseCache | None]:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rope_theta is not None:
-            at = positions(x.shape[1], None if state is None else state.count, cu_seqlens, x.device)
-            cos, sin = rotary_angles(at, self.head_dim, self.rope_theta, q.dtype)
-            q, k = rotate(torch.cat([q, k], 2), cos, sin).split([self.n_heads, self.n_kv_heads], 2)
-        o, state = sparse_attention(q * self.head_dim**-0.5, k, v, self.pattern, state=state, cu_seqlens=cu_seqlens)
-        return mask_padding(self.o_proj(o.flatten(-2)), cu_seqlens), state
+        q, k, v = self.heads(x, state, cu_seqlens)
+        o, state = sparse_attention(q, k, v, self.pattern, state=state, cu_seqlens=cu_seqlens)
+        return self.merge(o, cu_seqlens), state
 
     @available_if(lambda self: self.causal, "causal=False reads the whole sequence at once")
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> SparseCache:

@@ -1,0 +1,72 @@
+"""What layers of softmax attention share: projections to heads, rotary positions, the projection back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subquad.errors import UserError
+from subquad.kernels.packing import mask_padding, positions
+from subquad.layers.base import Layer, check_divides, default_head_dim, residual_linear
+from subquad.layers.rotary import rotary_angles, rotate
+
+
+class SoftmaxLayer(Layer):
+    """Base of the softmax family. H query heads and G key/value heads of width K; rotary angles follow from
+    state.count."""
+
+    min_width = 2
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+
+    def build_heads(
+        self,
+        d_model: int,
+        *,
+        n_heads: int | None,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_theta: float | None,
+        rope_fraction: float = 1.0,
+        bias: bool,
+        out_bias: bool = False,
+    ) -> None:
+        """Make q_proj, k_proj, v_proj, o_proj; by default heads of width 64, each with its own key and value."""
+        n_heads = n_heads or d_model // (head_dim or default_head_dim(d_model))
+        if head_dim is None:
+            check_divides(self, "n_heads", n_heads, "d_model", d_model)
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        check_divides(self, "n_kv_heads", n_kv_heads, "n_heads", n_heads)
+        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim or d_model // n_heads
+        self.rope_theta, self.rotary_dim = rope_theta, int(self.head_dim * rope_fraction)
+        if rope_theta is not None and self.rotary_dim % 2:
+            name, odd = type(self).__name__, self.rotary_dim
+            raise UserError(f"{name}: rotary embedding turns pairs, but {odd} features of a head are an odd number")
+        self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = residual_linear(n_heads * self.head_dim, d_model, bias=out_bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, K] and k, v [B, T, G, K], normed where the layer has norms, without positions."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def place(self, q: Tensor, k: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """q and k turned to their positions, q divided by sqrt(K)."""
+        if self.rope_theta is not None:
+            at = positions(q.shape[1], None if state is None else state.count, cu_seqlens, q.device)
+            cos, sin = rotary_angles(at, self.rotary_dim, self.rope_theta, q.dtype)
+            q, k = rotate(torch.cat([q, k], 2), cos, sin).split([self.n_heads, self.n_kv_heads], 2)
+        return q * self.head_dim**-0.5, k
+
+    def heads(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v for the op."""
+        q, k, v = self.project(x)
+        return (*self.place(q, k, state, cu_seqlens), v)
+
+    def merge(self, o: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The op's output [B, T, H, K] back in the residual stream."""
+        return mask_padding(self.o_proj(o.flatten(-2)), cu_seqlens)
