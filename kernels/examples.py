@@ -28,8 +28,7 @@ from subquad.kernels.topk_attention import TopKCache
 
 
 class Example(NamedTuple):
-    """One call: op(**inputs, **options, state=state, cu_seqlens=cu_seqlens), without the last two for an op on tokens
-    that carries nothing."""
+    """One call: op(**inputs, **options, state=state, cu_seqlens=cu_seqlens), without what the op does not take."""
 
     name: str
     op: Callable[..., Any]
@@ -41,8 +40,9 @@ class Example(NamedTuple):
     def call(self) -> tuple[Tensor, Any]:
         """(output, new state or None)."""
         if not carries(self.op):
-            return self.op(**self.inputs, **self.options), None
-        return self.op(**self.inputs, **self.options, state=self.state, cu_seqlens=self.cu_seqlens)
+        rows = {"cu_seqlens": self.cu_seqlens} if packs(self.op) else {}
+            return self.op(**self.inputs, **self.options, **rows), None
+        return self.op(**self.inputs, **self.options, state=self.state, **rows)
 
     def to(self, to: torch.dtype | str) -> "Example":
         """With its floating-point tensors in another precision (of the same kind), or with all on another device."""
@@ -54,6 +54,10 @@ def carries(op: Callable[..., Any]) -> bool:
 
 
 def _converted(x: Any, to: torch.dtype | str) -> Any:
+def packs(op: Callable[..., Any]) -> bool:
+    return "cu_seqlens" in inspect.signature(op).parameters
+
+
     if not isinstance(x, Tensor) or (isinstance(to, torch.dtype) and not x.is_floating_point() and not x.is_complex()):
         return x
     return x.to(to.to_complex() if isinstance(to, torch.dtype) and x.is_complex() else to)
@@ -112,10 +116,10 @@ def examples(
         ("packed, carried", 1, 3, True, cu_seqlens),
     ):
         for name, inputs, options, state in _CASES[op](Draw(B, time, N, carried, dtype, generator)):
+        if (carried and not carries(function)) or (cu is not None and not packs(function)):
+            continue
             example = Example(f"{name}, {setting}", function, inputs, options, state if carried else None, cu)
             found.append(example.to(device))
-        if not carries(function):
-            break
     return found
 
 
@@ -334,6 +338,13 @@ def _running_max(r: Draw) -> Iterator[Case]:
 def _selective_scan(r: Draw) -> Iterator[Case]:
     D, N = 6, 4
     inputs = {"x": r.tokens(D), "dt": r.uniform(r.B, r.T, D), "A": -2 * r.uniform(D, N)}
+def _nystrom_attention(r: Draw) -> Iterator[Case]:
+    H, K, V = 3, 5, 7
+    qkv = {"q": r.tokens(H, K), "k": r.tokens(H, K), "v": r.tokens(H, V)}
+    yield "plain", qkv, {"n_landmarks": 4}, None
+    yield "conv", {**qkv, "conv": r.normal(H, 5)}, {"n_landmarks": 30, "n_iterations": 3}, None
+
+
     yield "plain", {**inputs, "B": r.tokens(N), "C": r.tokens(N)}, {}, r.normal(r.N, D, N)
 
 
@@ -400,4 +411,5 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "native_sparse_attention": _native_sparse_attention,
     "sparse_attention": _sparse_attention,
     "topk_attention": _topk_attention,
+    "nystrom_attention": _nystrom_attention,
 }

@@ -32,6 +32,7 @@ VARIANTS = {
     "latent-absorbed-no-rope": ("LatentAttention", {"n_heads": 4, "kv_lora_rank": 3, "rope_theta": None}),
     "linformer-small-blocks": ("LinformerAttention", {"block": 7, "rank": 3, "share_kv": True, "rope_theta": None}),
     "linformer-bidirectional": ("LinformerAttention", {"causal": False, "rank": 20, "bias": True}),
+    "nystrom-few-landmarks": ("NystromAttention", {"n_landmarks": 6, "d_conv": None, "rope_theta": None, "bias": True}),
     "linear-taylor": ("LinearAttention", {"feature_map": "taylor", "n_heads": 4, "feature_dim": 5}),
     "linear-softmax": ("LinearAttention", {"feature_map": "softmax", "normalizer": False}),
     "linear-performer": ("LinearAttention", {"feature_map": "performer", "n_features": 40}),

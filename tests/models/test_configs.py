@@ -1,10 +1,13 @@
-"""Every shipped configuration builds, learns and generates; every layer has one."""
+"""Every shipped configuration builds, learns and generates, or is an encoder and says so; every layer has one."""
+
+from math import isfinite
 
 import pytest
 import torch
 
 import subquad
 from subquad import configs
+from subquad.errors import UserError
 from subquad.layers import available
 from subquad.models.config import LMConfig
 from subquad.models.lm import LM, cross_entropy
@@ -25,8 +28,24 @@ def test_config_learns_and_generates(name):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+    if not decodes(model):
+        assert all(map(isfinite, losses))  # next tokens are in sight: their loss says nothing
+        with pytest.raises(UserError, match="cannot decode: it reads the whole sequence at once"):
+            subquad.generate(model.eval(), "the ", max_new_tokens=3)
+        return
     assert min(losses) < 0.9 * losses[0], losses  # at this rate a single step may overshoot
     assert isinstance(subquad.generate(model.eval(), "the ", max_new_tokens=3), str)
+
+
+def decodes(model: LM) -> bool:
+    parts = [part for block in model.blocks for part in (block.mixer, block.ffn) if part is not None]
+    return all(hasattr(part, "init_state") for part in parts)
+
+
+def test_only_encoders_cannot_decode():
+    """A layer that lost its init_state would not go unseen."""
+    models = {name: LM.from_config(configs.folder() / f"{name}.yaml") for name in SMALL}
+    assert [name for name, model in models.items() if not decodes(model)] == ["nystromformer"]
 
 
 def test_every_layer_has_a_config():

@@ -9,7 +9,7 @@ from subquad.compare.cpu import torch_only
 from subquad.errors import UserError
 from subquad.kernels.examples import relative_error
 from subquad.kernels.latent_attention import absorbs
-from subquad.layers import LatentAttention, LinformerAttention, MoE
+from subquad.layers import LatentAttention, LinformerAttention, MoE, NystromAttention
 
 TOLERANCE = 1e-5  # float32
 D, TIME = 48, 90
@@ -245,3 +245,39 @@ def test_linformer_says_where_its_projections_end():
     layer = LinformerAttention(D, block=4)
     with pytest.raises(UserError, match="2 blocks of 4; 12 tokens do not fit"):
         layer(torch.randn(1, 12, D), layer.init_state(1, 8))
+
+
+@pytest.mark.parametrize("landmarks", [8, 64])
+@pytest.mark.parametrize("width", [None, 5])
+@torch.no_grad()
+def test_nystromformer(landmarks, width):
+    """It has landmarks for sequences of one length, a multiple of theirs, and is exact where both are the same."""
+    from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
+
+    time, heads = 64, 4
+    config = transformers.NystromformerConfig(
+        hidden_size=D,
+        num_attention_heads=heads,
+        num_landmarks=landmarks,
+        segment_means_seq_len=time,
+        conv_kernel_size=width or 1,
+    )
+    theirs = randomized(NystromformerSelfAttention(config))
+    theirs.conv_kernel_size = width
+    theirs.init_option = "exact"  # its other way starts from the largest norm in the batch: sequences would mix
+    ours = NystromAttention(D, n_heads=heads, n_landmarks=landmarks, d_conv=width, rope_theta=None, bias=True)
+    for name in ("query", "key", "value"):
+        getattr(ours, f"{name[0]}_proj").load_state_dict(getattr(theirs, name).state_dict())
+    ours.o_proj.weight.copy_(torch.eye(D))
+    if width is not None:
+        ours.conv_weight.copy_(theirs.conv.weight[:, 0, :, 0])
+    x = torch.randn(3, time, D)
+    assert relative_error(ours(x)[0], theirs(x)[0]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_nystrom_attention_has_no_state():
+    layer = NystromAttention(D)
+    assert not hasattr(layer, "init_state")
+    with pytest.raises(UserError, match="cannot go on from a state"):
+        layer(torch.randn(1, 4, D), ())
