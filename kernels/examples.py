@@ -39,8 +39,8 @@ class Example(NamedTuple):
 
     def call(self) -> tuple[Tensor, Any]:
         """(output, new state or None)."""
-        if not carries(self.op):
         rows = {"cu_seqlens": self.cu_seqlens} if packs(self.op) else {}
+        if not carries(self.op):
             return self.op(**self.inputs, **self.options, **rows), None
         return self.op(**self.inputs, **self.options, state=self.state, **rows)
 
@@ -53,11 +53,11 @@ def carries(op: Callable[..., Any]) -> bool:
     return "state" in inspect.signature(op).parameters
 
 
-def _converted(x: Any, to: torch.dtype | str) -> Any:
 def packs(op: Callable[..., Any]) -> bool:
     return "cu_seqlens" in inspect.signature(op).parameters
 
 
+def _converted(x: Any, to: torch.dtype | str) -> Any:
     if not isinstance(x, Tensor) or (isinstance(to, torch.dtype) and not x.is_floating_point() and not x.is_complex()):
         return x
     return x.to(to.to_complex() if isinstance(to, torch.dtype) and x.is_complex() else to)
@@ -115,9 +115,9 @@ def examples(
         ("packed", 1, 3, False, cu_seqlens),
         ("packed, carried", 1, 3, True, cu_seqlens),
     ):
-        for name, inputs, options, state in _CASES[op](Draw(B, time, N, carried, dtype, generator)):
         if (carried and not carries(function)) or (cu is not None and not packs(function)):
             continue
+        for name, inputs, options, state in _CASES[op](Draw(B, time, N, carried, dtype, generator)):
             example = Example(f"{name}, {setting}", function, inputs, options, state if carried else None, cu)
             found.append(example.to(device))
     return found
@@ -330,6 +330,13 @@ def _lti(r: Draw) -> Iterator[Case]:
         yield f"low rank, {name}", {**inputs, "P": P, "Q": Q}, {}, r.normal(r.N, H, N, dtype=dtype)
 
 
+def _nystrom_attention(r: Draw) -> Iterator[Case]:
+    H, K, V = 3, 5, 7
+    qkv = {"q": r.tokens(H, K), "k": r.tokens(H, K), "v": r.tokens(H, V)}
+    yield "plain", qkv, {"n_landmarks": 4}, None
+    yield "conv", {**qkv, "conv": r.normal(H, 5)}, {"n_landmarks": 30, "n_iterations": 3}, None
+
+
 def _running_max(r: Draw) -> Iterator[Case]:
     D = 5
     yield "plain", {"f": r.gate(r.B, r.T, D), "i": 3 * r.tokens(D)}, {"initial": -1.5}, 3 * r.normal(r.N, D)
@@ -338,13 +345,6 @@ def _running_max(r: Draw) -> Iterator[Case]:
 def _selective_scan(r: Draw) -> Iterator[Case]:
     D, N = 6, 4
     inputs = {"x": r.tokens(D), "dt": r.uniform(r.B, r.T, D), "A": -2 * r.uniform(D, N)}
-def _nystrom_attention(r: Draw) -> Iterator[Case]:
-    H, K, V = 3, 5, 7
-    qkv = {"q": r.tokens(H, K), "k": r.tokens(H, K), "v": r.tokens(H, V)}
-    yield "plain", qkv, {"n_landmarks": 4}, None
-    yield "conv", {**qkv, "conv": r.normal(H, 5)}, {"n_landmarks": 30, "n_iterations": 3}, None
-
-
     yield "plain", {**inputs, "B": r.tokens(N), "C": r.tokens(N)}, {}, r.normal(r.N, D, N)
 
 
@@ -402,8 +402,9 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "grouped_mlp": _grouped_mlp,
     "latent_attention": _latent_attention,
     "linear_attention": _linear_attention,
-    "lti": _lti,
     "linformer_attention": _linformer_attention,
+    "lti": _lti,
+    "nystrom_attention": _nystrom_attention,
     "running_max": _running_max,
     "scan": _scan,
     "selective_scan": _selective_scan,
@@ -411,5 +412,4 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "native_sparse_attention": _native_sparse_attention,
     "sparse_attention": _sparse_attention,
     "topk_attention": _topk_attention,
-    "nystrom_attention": _nystrom_attention,
 }

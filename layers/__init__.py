@@ -27,8 +27,8 @@ from subquad.layers.mlp import SwiGLU as SwiGLU
 from subquad.layers.mlstm import MLSTM as MLSTM
 from subquad.layers.moe import MoE as MoE
 from subquad.layers.native_sparse_attention import NativeSparseAttention as NativeSparseAttention
-from subquad.layers.parallel import Parallel as Parallel
 from subquad.layers.nystrom import NystromAttention as NystromAttention
+from subquad.layers.parallel import Parallel as Parallel
 from subquad.layers.retention import Retention as Retention
 from subquad.layers.rglru import RGLRU as RGLRU
 from subquad.layers.rwkv4 import RWKV4 as RWKV4
