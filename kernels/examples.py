@@ -20,6 +20,7 @@ from subquad.kernels.backend import OPS, backend
 from subquad.kernels.bucket_attention import BucketCache
 from subquad.kernels.latent_attention import LatentCache
 from subquad.kernels.linformer_attention import SummaryCache
+from subquad.kernels.long_conv import LongConvCache
 from subquad.kernels.native_sparse_attention import NSACache
 from subquad.kernels.patterns import make_pattern
 from subquad.kernels.sparse_attention import SparseCache, empty_cache
@@ -304,6 +305,13 @@ def _short_conv(r: Draw) -> Iterator[Case]:
     yield "bias, silu", {**inputs, "bias": r.normal(D)}, {"activation": "silu"}, r.normal(r.N, W - 1, D)
 
 
+def _long_conv(r: Draw) -> Iterator[Case]:
+    D = 5
+    state = LongConvCache(r.normal(r.N, 24 + r.T, D), r.integers(0, 24, r.N))
+    for name, length in (("whole", 24 + r.T), ("short", 1 + r.T // 3)):
+        yield f"{name} filter", {"x": r.tokens(D), "filter": r.normal(D, length)}, {}, state
+
+
 def _scan(r: Draw) -> Iterator[Case]:
     D = 5
     yield "real", {"a": r.gate(r.B, r.T, D).exp(), "b": r.tokens(D)}, {}, r.normal(r.N, D)
@@ -403,6 +411,7 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "latent_attention": _latent_attention,
     "linear_attention": _linear_attention,
     "linformer_attention": _linformer_attention,
+    "long_conv": _long_conv,
     "lti": _lti,
     "nystrom_attention": _nystrom_attention,
     "running_max": _running_max,

@@ -13,6 +13,7 @@ from subquad.layers.gated_short_conv import GatedShortConv as GatedShortConv
 from subquad.layers.gla import GatedLinearAttention as GatedLinearAttention
 from subquad.layers.hgrn import HGRN as HGRN
 from subquad.layers.hgrn2 import HGRN2 as HGRN2
+from subquad.layers.hyena import Hyena as Hyena
 from subquad.layers.kimi_delta_attention import KimiDeltaAttention as KimiDeltaAttention
 from subquad.layers.latent_attention import LatentAttention as LatentAttention
 from subquad.layers.lightning_attention import LightningAttention as LightningAttention

@@ -44,6 +44,7 @@ VARIANTS = {
     "mingru-positive": ("MinGRU", {"positive": True, "bias": True}),
     "hgrn-bounded": ("HGRN", {"lower_bound": 0.6}),
     "hgrn2-bound": ("HGRN2", {"lower_bound": 0.4}),
+    "hyena-order-3": ("Hyena", {"order": 3, "max_len": 1100, "n_features": 5, "filter_width": 16, "sine": 4.0}),
     "mlstm-wide-values": ("MLSTM", {"n_heads": 2, "expand_v": 2.0, "gate_soft_cap": 5.0}),
     "s4d-inv-bilinear": ("S4D", {"init": "inv", "discretization": "bilinear", "d_state": 6}),
     "s4d-lin": ("S4D", {"init": "lin", "d_state": 10}),
