@@ -182,7 +182,7 @@ def _continued(q, k, v, e_k, e_v, state, filled):
 
     if not time:
         return q.new_zeros(N, 0, q.shape[2], v.shape[3]), *state[:4]
-    aligned_q, aligned_k, aligned_v = align(q), align(k, state.block_k), align(v, state.block_v)
+    aligned_k, aligned_v = align(k, state.block_k), align(v, state.block_v)
     finished = (torch.arange(1, blocks + 1, device=q.device) * C) <= (held + lengths)[:, None]  # [N, blocks]
     keys, values = state.k, state.v
     if not on_host or bool(finished.any()):
@@ -196,10 +196,25 @@ def _continued(q, k, v, e_k, e_v, state, filled):
     last = RingCache(state.block_k, state.block_v, count)
     block_k, block_v = write_cache(last, k, v, positions(time, count, None), filled, 0)
     most = int(first.max()) if on_host else keys.shape[1] // R
-    summaries = (x.to(q.dtype) for x in (keys, values))
-    out = _attend(aligned_q, aligned_k, aligned_v, *summaries, first, most, R, C)
+    summaries = [x.to(q.dtype) for x in (keys, values)]
+    if time == 1 and filled is None:
+        block = [x.to(q.dtype) for x in (block_k, block_v)]
+        return _one_token(q, summaries, block, first, held, most, R, on_host), keys, values, block_k, block_v
+    out = _attend(align(q), aligned_k, aligned_v, *summaries, first, most, R, C)
     out = out[sequence, (held[:, None] + torch.arange(time, device=q.device)).clamp(max=blocks * C - 1)]
     return out, keys, values, block_k, block_v
+
+
+def _one_token(q, summaries, block, first, held, most, R, on_host):
+    """A token a sequence, over what it reads and no more where the host knows that all have read as many."""
+    used, mask = most * R, None
+    if on_host and len(set(zip(first.tolist(), held.tolist(), strict=True))) == 1:
+        block = [x[:, : int(held[0]) + 1] for x in block]
+    else:
+        far = torch.arange(used, device=q.device) < first[:, None] * R
+        near = torch.arange(block[0].shape[1], device=q.device) <= held[:, None]
+        mask = torch.cat([far, near], 1)[:, None, None]
+    return sdpa(q, *(torch.cat([s[:, :used], x], 1) for s, x in zip(summaries, block, strict=True)), mask)
 
 
 def _summarize(e, x):

@@ -6,11 +6,7 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.linformer_attention import SummaryCache, linformer_attention
-from subquad.layers.base import (
-    Card,
-    available_if,
-    state_dtype,
-)
+from subquad.layers.base import Card, available_if, state_dtype
 from subquad.layers.softmax_heads import SoftmaxLayer
 
 
@@ -89,10 +85,8 @@ class LinformerAttention(SoftmaxLayer):
         """No summaries yet, with room for those of max_len tokens, and an empty block."""
         rank, block = self.e_k.shape
         slots = max(1, max_len // block) * rank
-        shape = (-1, self.n_heads, self.head_dim)
         options = {"dtype": state_dtype(self, dtype), "device": self.e_k.device}
         k, v, block_k, block_v = (
-            torch.zeros(batch_size, n * shape[1] * shape[2], **options).unflatten(1, shape)
-            for n in (slots, slots, block, block)
+            torch.zeros(batch_size, n, self.n_heads, self.head_dim, **options) for n in (slots, slots, block, block)
         )
         return SummaryCache(k, v, block_k, block_v, torch.zeros(batch_size, dtype=torch.int64, device=k.device))

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.nystrom_attention import nystrom_attention
-from subquad.kernels.packing import mask_padding, positions
-from subquad.layers.base import Card, Layer, check_divides, default_head_dim, no_weight_decay, residual_linear
-from subquad.layers.rotary import rotary_angles, rotate
+from subquad.layers.base import Card, no_weight_decay
+from subquad.layers.softmax_heads import SoftmaxLayer
 
 
-class NystromAttention(Layer):
+class NystromAttention(SoftmaxLayer):
     """Nystrom attention (Xiong et al. 2021, arXiv:2102.03902). It reads the whole sequence: an encoder's layer, which
     has no state and cannot decode.
 
@@ -31,7 +30,6 @@ class NystromAttention(Layer):
 
     card = Card("Xiong et al. 2021, arXiv:2102.03902", "nystrom_attention", "O(T m D)", "-", "-")
     causal = False
-    min_width = 2
 
     def __init__(
         self,
@@ -45,34 +43,23 @@ class NystromAttention(Layer):
         bias: bool = False,
     ):
         super().__init__()
-        n_heads = n_heads or d_model // default_head_dim(d_model)
-        check_divides(self, "n_heads", n_heads, "d_model", d_model)
-        self.head_dim, self.rope_theta = d_model // n_heads, rope_theta
+        self.build_heads(d_model, n_heads=n_heads, rope_theta=rope_theta, bias=bias)
         self.n_landmarks, self.n_iterations = n_landmarks, n_iterations
-        if rope_theta is not None and self.head_dim % 2:
-            raise UserError(f"NystromAttention: rotary embedding turns pairs, but heads have {self.head_dim} features")
         if d_conv is not None and d_conv % 2 == 0:
             raise UserError(f"NystromAttention: d_conv is {d_conv}; a filter centred on its token has odd width")
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_model, d_model, bias=bias) for _ in range(3))
-        self.o_proj = residual_linear(d_model, d_model)
         self.conv_weight = None
         if d_conv is not None:
             bound = d_conv**-0.5
-            self.conv_weight = no_weight_decay(nn.Parameter(torch.empty(n_heads, d_conv).uniform_(-bound, bound)))
+            self.conv_weight = no_weight_decay(nn.Parameter(torch.empty(self.n_heads, d_conv).uniform_(-bound, bound)))
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: Any = None, cu_seqlens: Int[Tensor, "M"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], None]:
         if state is not None:
             raise UserError("NystromAttention reads the whole sequence at once and cannot go on from a state")
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rope_theta is not None:
-            cos, sin = rotary_angles(
-                positions(x.shape[1], None, cu_seqlens, x.device), self.head_dim, self.rope_theta, q.dtype
-            )
-            q, k = rotate(torch.cat([q, k], 2), cos, sin).chunk(2, 2)
+        q, k, v = self.heads(x, None, cu_seqlens)
         o = nystrom_attention(
-            q * self.head_dim**-0.5,
+            q,
             k,
             v,
             n_landmarks=self.n_landmarks,
@@ -80,4 +67,4 @@ class NystromAttention(Layer):
             conv=self.conv_weight,
             cu_seqlens=cu_seqlens,
         )
-        return mask_padding(self.o_proj(o.flatten(-2)), cu_seqlens), None
+        return self.merge(o, cu_seqlens), None
