@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import subquad
 from subquad.errors import UserError
@@ -76,15 +77,23 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
             f"{folder / CONFIG} was not written by subquad: it has no 'format': 'subquad' with an 'lm' part"
         )
     config = LMConfig.from_dict(values["lm"])
-    with torch.device("meta"):  # no time for random weights that are overwritten at once
+    with torch.random.fork_rng(devices=[]), torch.device(device), _NoInit():
         model = LM(config)
-    if {name for name, _ in model.named_buffers()} <= set(model.state_dict()):
-        model.to_empty(device=device)
-        model.tie_weights()
-    else:  # someone's layer computes buffers that no file holds
-        model = LM(config).to(device)
     _fill(model, folder / WEIGHTS)
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves new weights as they are in memory, for a file to fill.
+
+    Not the meta device: what layers compute in their constructors would there import torch's compiler, 2 CPU seconds.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def fingerprint(model: LM) -> str:
