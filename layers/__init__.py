@@ -26,6 +26,7 @@ from subquad.layers.mingru import MinGRU as MinGRU
 from subquad.layers.mlp import MLP as MLP
 from subquad.layers.mlp import SwiGLU as SwiGLU
 from subquad.layers.mlstm import MLSTM as MLSTM
+from subquad.layers.modal_hyena import ModalHyena as ModalHyena
 from subquad.layers.moe import MoE as MoE
 from subquad.layers.native_sparse_attention import NativeSparseAttention as NativeSparseAttention
 from subquad.layers.nystrom import NystromAttention as NystromAttention

@@ -1,0 +1,77 @@
+"""Hyena's lengths, and the modal layer that is fitted to it."""
+
+import pytest
+import torch
+from torch import nn
+
+from subquad.errors import UserError
+from subquad.kernels.examples import relative_error
+from subquad.layers import Hyena
+from subquad.layers.modal_hyena import distill_filter
+
+
+class Exponentials(nn.Module):
+    """Filters that are sums of two decaying oscillations and one plain decay."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        decay = 0.02 + 0.2 * torch.rand(n, 3, dtype=torch.float64)
+        turn = torch.tensor([1.0, 1.0, 0.0]) * torch.rand(n, 3, dtype=torch.float64) * 2
+        self.log_poles, self.weights = torch.complex(-decay, turn), 0.5 + torch.rand(n, 3, dtype=torch.float64)
+
+    def forward(self, length):
+        powers = (self.log_poles[..., None] * torch.arange(length)).exp()
+        return (self.weights[..., None] * powers).sum(1).real
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_a_sum_of_exponentials_is_found(dtype, bound):
+    layer = Hyena(6, order=3, max_len=200).to(dtype)
+    layer.filter = Exponentials(12)
+    modal, errors = distill_filter(layer, d_state=4)
+    assert errors.shape == (2, 6)
+    assert errors.max() < bound
+    x = torch.randn(2, 200, 6, dtype=dtype)
+    assert relative_error(modal(x)[0].detach(), layer(x)[0].detach()) < bound
+
+
+@torch.no_grad()
+def test_the_reported_error_is_the_filters():
+    layer = Hyena(6, max_len=128).double()
+    coarse, fine = (distill_filter(layer, d_state=n) for n in (2, 12))
+    assert (fine[1] < coarse[1]).all()
+    assert coarse[1].max() > 0.05  # two modes are not enough, and it says so
+    for modal, errors in (coarse, fine):
+        A, C = modal.long_filters(0, None)[0]
+        fit = (C[..., None] * A[..., None] ** torch.arange(128)).sum(1).real
+        taps = layer.filter(128)
+        torch.testing.assert_close((fit - taps).norm(dim=1) / taps.norm(dim=1), errors[0], rtol=1e-6, atol=1e-12)
+
+
+@torch.no_grad()
+def test_outputs_agree_to_the_reported_error():
+    layer = Hyena(8, max_len=256, sine=1.0).double()
+    modal, errors = distill_filter(layer, d_state=16)
+    x = torch.randn(1, 256, 8, dtype=torch.float64)
+    assert 1e-6 < errors.max() < 0.1
+    assert relative_error(modal(x)[0], layer(x)[0]) < 2 * errors.max() + 1e-9
+
+
+def test_lengths_past_the_filters_are_refused():
+    layer = Hyena(8, max_len=20)
+    with pytest.raises(UserError, match="up to 20 tokens; 21 do not fit"):
+        layer(torch.randn(1, 21, 8))
+    with pytest.raises(UserError, match="up to 20 tokens; 30 do not fit"):
+        layer.init_state(1, 30)
+    state = layer(torch.randn(1, 12, 8), layer.init_state(1, 20))[1]
+    with pytest.raises(UserError, match="up to 20 tokens; 21 do not fit"):
+        layer(torch.randn(1, 9, 8), state)
+    with pytest.raises(UserError, match="length 21 is not between 4 and max_len 20"):
+        distill_filter(layer, length=21)
+
+
+def test_arguments_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="order is at least 2"):
+        Hyena(8, order=1)
+    with pytest.raises(UserError, match="n_features is odd"):
+        Hyena(8, n_features=4)
