@@ -121,8 +121,9 @@ class Hyena(HyenaOperator):
     code the short convolution serves as the first filter, so order 2 has one long filter.
 
     Cost: train O(T D log T). Decoding is exact and O(T D) a token for each long filter, over a buffer that grows with
-    the sequence; `distill_filter` fits a layer that decodes in O(1). State (order - 1) S D values for S = max_len
-    slots, (order + 1) D (W - 1) for the short convolution.
+    the sequence, and evaluates the filters' network again, O(T F (F + D)) for its width F; `distill_filter` fits a
+    layer that decodes in O(1). State (order - 1) S D values for S = max_len slots, (order + 1) D (W - 1) for the short
+    convolution.
 
     Arguments
         order: gates; one less long filter a channel. max_len: tokens the filters are defined for; longer sequences are
@@ -130,9 +131,7 @@ class Hyena(HyenaOperator):
         filter_depth: of the network. sine: initial frequency of its sines.
     """
 
-    card = Card(
-        "Poli et al. 2023, arXiv:2302.10866", "long_conv", "O(T D log T)", "O(S D)", "(order - 1) S D + 3 D (W - 1)"
-    )
+    card = Card("Poli et al. 2023, arXiv:2302.10866", "long_conv", "O(T D log T)", "O(S F (F + D))", "(order - 1) S D")
     causality = "regrouped"
     constant_state = False
 
