@@ -6,6 +6,7 @@ from subquad.arguments import dispatch
 
 COMMANDS = {
     "layers": ("subquad.compare.layers", "time and state of layers against length, as a table and as curves"),
+    "forms": ("subquad.compare.forms", "every layer's vectorised form against its plain recurrence"),
     "cpu": ("subquad.compare.cpu", "tokens per CPU second of small models, against transformers"),
 }
 

@@ -1,6 +1,8 @@
 """Every shipped configuration builds, learns and generates, or is an encoder and says so; every layer has one."""
 
+import argparse
 from math import isfinite
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,24 @@ def test_config_learns_and_generates(name):
         return
     assert min(losses) < 0.9 * losses[0], losses  # at this rate a single step may overshoot
     assert isinstance(subquad.generate(model.eval(), "the ", max_new_tokens=3), str)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_config_learns_real_text(name):
+    """Thirty steps on the source of the standard library: the loss of the last five is well below that of the first."""
+    torch.manual_seed(0)
+    model = LM.from_config(configs.folder() / f"{name}.yaml")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    text = torch.tensor(list(Path(argparse.__file__).read_bytes()[: 30 * 257]))
+    losses = []
+    for row in text.view(30, 1, 257):
+        loss = cross_entropy(model(row[:, :-1])[0], row[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < 0.8 * losses[0], losses
 
 
 def decodes(model: LM) -> bool:

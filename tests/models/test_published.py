@@ -16,6 +16,7 @@ COUNTS = {
     "mamba2-1.3b": 1_343_757_312,
     "mistral-7b": 7_241_732_096,
     "mixtral-8x7b": 46_702_792_704,
+    "rwkv7-0.4b": 450_767_872,
 }
 # Known to two digits only, from the paper.
 ROUNDED = {"gated-deltanet-1.3b": 1.3e9}
