@@ -75,3 +75,16 @@ def test_arguments_that_cannot_be_are_refused():
         Hyena(8, order=1)
     with pytest.raises(UserError, match="n_features is odd"):
         Hyena(8, n_features=4)
+
+
+def test_filters_that_are_kept_follow_their_parameters():
+    """Without gradients the taps are kept between calls; a changed, moved or replaced parameter renews them."""
+    layer, x = Hyena(8, max_len=32), torch.randn(1, 9, 8)
+    with torch.no_grad():
+        before = layer(x)[0]
+        assert torch.equal(layer(x)[0], before)
+        layer.filter.out.weight.mul_(2)
+        changed = layer(x)[0]
+        assert not torch.allclose(changed, before)
+        assert torch.allclose(changed, layer.double()(x.double())[0].float(), atol=1e-5)
+    assert torch.allclose(layer(x.double())[0].float(), changed, atol=1e-5)  # with gradients nothing is kept
