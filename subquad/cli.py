@@ -33,8 +33,8 @@ def _dispatch(argv: list[str]) -> int:
     if argv[:1] == ["--version"]:
         print(f"subquad {subquad.__version__}")
         return 0
-    # Before torch loads OpenMP, whose waiting threads otherwise spin: with two threads on two cores that other processes
-    # also use, a training step took seven times as long.
+    # Before torch loads OpenMP, whose waiting threads otherwise spin: with two threads on two cores that other
+    # processes also use, a training step took five to seven times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     about = "Efficient sequence-model architectures: train them, run them, compare them. --version prints the version."
     return dispatch("subquad", about, COMMANDS, argv)

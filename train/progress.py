@@ -121,7 +121,10 @@ def draw_curve(run: Path, gzip: float | None = None) -> Path | None:
     if val:
         axes.plot(*zip(*val, strict=True), color="black", linewidth=1.8, marker="o", markersize=3.5)
         label = f"validation {val[-1][1]:.2f}"
-        axes.annotate(label, val[-1], (0, -8), textcoords="offset points", ha="right", va="top", weight="bold")
+        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        axes.annotate(
+            label, val[-1], (0, -9), textcoords="offset points", ha="right", va="top", weight="bold", bbox=behind
+        )
     if gzip is not None:
         axes.axhline(gzip, color="0.4", linewidth=1, linestyle=(0, (5, 4)))
         # On the left, where the curves are still far above it.
