@@ -456,6 +456,14 @@ def takes_strided_inputs(s: Subject) -> None:
         assert error(got, want) <= EXACT, f"the gradient of x is off by {error(got, want):.1e}"
 
 
+def uses_every_parameter(s: Subject) -> None:
+    """Every parameter has a gradient that is not zero."""
+    s.layer(s.inputs(2, min(130, s.max_len)))[0].square().sum().backward()
+    idle = [name for name, p in s.layer.named_parameters() if p.grad is None or not p.grad.any()]
+    s.layer.zero_grad(set_to_none=True)
+    assert not idle, f"nothing depends on {', '.join(idle)}"
+
+
 def saves_and_restores(s: Subject) -> None:
     """A layer rebuilt from its state_dict computes the same."""
     x = s.inputs(1, min(33, s.max_len))
@@ -498,6 +506,7 @@ def _properties() -> Iterator[tuple[str, Property]]:
         writes_in_place,
         state_size_is_as_declared,
         takes_strided_inputs,
+        uses_every_parameter,
         saves_and_restores,
         autocasts,
     ):

@@ -16,8 +16,6 @@ class SoftmaxLayer(Layer):
     state.count."""
 
     min_width = 2
-    q_norm: nn.Module | None = None
-    k_norm: nn.Module | None = None
 
     def build_heads(
         self,
@@ -42,6 +40,9 @@ class SoftmaxLayer(Layer):
         if rope_theta is not None and self.rotary_dim % 2:
             name, odd = type(self).__name__, self.rotary_dim
             raise UserError(f"{name}: rotary embedding turns pairs, but {odd} features of a head are an odd number")
+        # Not as class attributes: those would hide a module that a layer assigns later.
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
         self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
