@@ -8,8 +8,8 @@ READY := .venv/.ready
 
 demo: $(READY)
 	$(BIN)/subquad train fit --config configs/demo.yaml --run runs/demo --overwrite
-	$(BIN)/infer --model runs/demo/model --prompt "def " --max-new-tokens 300
-	@echo "The loss curve is runs/demo/curve.png"
+	$(BIN)/infer --model runs/demo/model --prompt "def " --max-new-tokens 300 --temperature 0.7 --seed 0
+	@echo; echo "The loss curve is runs/demo/curve.png"
 
 test: $(READY)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2
