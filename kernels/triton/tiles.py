@@ -1,0 +1,63 @@
+"""What every Triton kernel here shares: tiles of rows, products, cumulated gates; and on the host their precision."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad.kernels.backend import INTERPRETED
+
+
+def precision(like: Tensor) -> dict[str, object]:
+    """The constexpr pair (DOT, PRECISION): what products take their operands in; they always accumulate in float32.
+
+    bfloat16 multiplies as it is. float16 goes through tf32, which has its mantissa and none of its overflow. float32
+    takes three tf32 products, as good as float32, or one where torch was told that tf32 will do. The interpreter's
+    bfloat16 products are wrong, so all is float32 there.
+    """
+    if INTERPRETED:
+        return {"DOT": tl.float32, "PRECISION": "ieee"}
+    if like.dtype == torch.bfloat16:
+        return {"DOT": tl.bfloat16, "PRECISION": "tf32"}
+    single = like.dtype == torch.float16 or torch.get_float32_matmul_precision() != "highest"
+    return {"DOT": tl.float32, "PRECISION": "tf32" if single else "tf32x3"}
+
+
+def padded(width: int) -> int:
+    """The tile that holds `width` columns: a power of two, and no less than a matrix product takes."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def rows(x: Tensor) -> Tensor:
+    """x as the kernels read it: any strides but the last, which is one."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@triton.jit
+def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
+
+
+@triton.jit
+def load_tile(base, stride, row, col, inside, WIDTH: tl.constexpr):
+    """Rows `row` (where `inside`) and columns `col` (below WIDTH) of a matrix; zero elsewhere."""
+    return tl.load(
+        base + row[:, None] * stride + col[None, :], mask=inside[:, None] & (col < WIDTH)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def store_tile(base, stride, row, col, inside, value, WIDTH: tl.constexpr):
+    mask = inside[:, None] & (col < WIDTH)[None, :]
+    tl.store(base + row[:, None] * stride + col[None, :], value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cumulated(g):
+    """Cumulative sums of log decays [C] as a pair (high, low) of float32 that keeps float64's precision in differences.
+
+    A float32 sum over gates that mix -0.01 and -1e4 is off by 4e-4.
+    """
+    total = tl.cumsum(g.to(tl.float64), 0)
+    high = total.to(tl.float32)
+    return high, (total - high.to(tl.float64)).to(tl.float32)
