@@ -9,11 +9,12 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from time import process_time
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +35,13 @@ Row = dict[str, Any]
 
 
 class Pair(NamedTuple):
-    """One architecture: our pattern of blocks, and transformers' configuration class with its arguments."""
+    """One architecture: our pattern of blocks, transformers' configuration class with its arguments, and what else our
+    model's configuration says."""
 
     pattern: list[dict[str, Any]]
     config: str
     arguments: dict[str, Any]
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
 def pairs(d: int, layers: int) -> dict[str, Pair]:
@@ -47,8 +50,16 @@ def pairs(d: int, layers: int) -> dict[str, Pair]:
     groups, d_ff = max(1, n_heads // 2), -(-8 * d // 3 // 8) * 8
     attention = {"name": "Attention", "n_heads": n_heads, "n_kv_heads": groups}
     windowed, ffn = {**attention, "window": WINDOW}, {"name": "SwiGLU", "d_ff": d_ff}
-    delta = {"name": "GatedDeltaNet", "n_heads": n_heads, "head_dim": HEAD}
     experts = {"name": "MoE", "n_experts": 8, "top_k": 2, "d_ff": d_ff}
+    latent_widths = {
+        "qk_nope_head_dim": HEAD,
+        "qk_rope_head_dim": HEAD // 2,
+        "v_head_dim": HEAD,
+        "kv_lora_rank": d // 2,
+    }
+    latent = {"name": "LatentAttention", "n_heads": n_heads, "rope_theta": None, **latent_widths}
+    gated_attention = {**attention, "rope_fraction": 0.25, "qk_norm": True, "output_gate": True}
+    griffin_attention = {**windowed, "n_kv_heads": 1, "rope_fraction": 0.5, "out_bias": True}
     heads = {
         "num_attention_heads": n_heads,
         "num_key_value_heads": groups,
@@ -61,23 +72,64 @@ def pairs(d: int, layers: int) -> dict[str, Pair]:
         "linear_key_head_dim": HEAD,
         "linear_value_head_dim": HEAD,
     }
-    kinds = ["full_attention" if i % 4 == 3 or i == layers - 1 else "linear_attention" for i in range(layers)]
-    mixed = [{"mixer": attention if kind == "full_attention" else delta, "ffn": ffn} for kind in kinds]
+    kimi_heads = {
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_heads,
+        "linear_num_heads": n_heads,
+        "linear_head_dim": HEAD,
+        **latent_widths,
+    }
+    recurrent_gemma = {
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": 1,
+        "attention_window_size": WINDOW,
+        "intermediate_size": 2 * d_ff,  # of both products together
+    }
+    mixtral = {**heads, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
     ssd = {"num_heads": 2 * d // HEAD, "head_dim": HEAD, "state_size": 128, "n_groups": 1}
+    # Three layers of the one kind, then one of attention; the last layer is attention whatever their number.
+    kinds = ["full_attention" if i % 4 == 3 or i == layers - 1 else "linear_attention" for i in range(layers)]
+
+    def mixed(linear: dict[str, Any], full: dict[str, Any], ffn: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"mixer": full if kind == "full_attention" else linear, "ffn": ffn} for kind in kinds]
+
     return {
         "mamba": Pair([{"mixer": "Mamba"}] * layers, "MambaConfig", {}),
         "mamba2": Pair([{"mixer": {"name": "Mamba2", "head_dim": HEAD}}] * layers, "Mamba2Config", ssd),
+        "rwkv": Pair(
+            [{"mixer": "RWKV4", "ffn": {"name": "RWKVChannelMix", "expand": 4}}] * layers,
+            "RwkvConfig",
+            {},
+            {"norm": "layer", "embedding_norm": True},
+        ),
+        "recurrent-gemma": Pair(
+            mixed({"name": "RGLRU", "n_heads": n_heads}, griffin_attention, {**ffn, "bias": True}),
+            "RecurrentGemmaConfig",
+            {
+                **recurrent_gemma,
+                "block_types": ["attention" if kind == "full_attention" else "recurrent" for kind in kinds],
+            },
+            {"logit_softcap": 30.0},
+        ),
+        "minimax": Pair(
+            [{"mixer": {"name": "LightningAttention", "n_heads": n_heads}, "ffn": experts}] * layers,
+            "MiniMaxConfig",
+            {**mixtral, "layer_types": ["linear_attention"] * layers},
+        ),
         "gated-deltanet": Pair(
-            mixed, "Qwen3NextConfig", {**heads, **linear_heads, "num_experts": 0, "layer_types": kinds}
+            mixed({"name": "GatedDeltaNet", "n_heads": n_heads, "head_dim": HEAD}, gated_attention, ffn),
+            "Qwen3NextConfig",
+            {**heads, **linear_heads, "num_experts": 0, "layer_types": kinds},
+        ),
+        "kda": Pair(
+            mixed({"name": "KimiDeltaAttention", "n_heads": n_heads, "head_dim": HEAD}, latent, ffn),
+            "KimiLinearConfig",
+            {**kimi_heads, "intermediate_size": d_ff, "layer_types": kinds, "mlp_layer_types": ["dense"] * layers},
         ),
         "mistral": Pair(
             [{"mixer": windowed, "ffn": ffn}] * layers, "MistralConfig", {**heads, "sliding_window": WINDOW}
         ),
-        "mixtral": Pair(
-            [{"mixer": attention, "ffn": experts}] * layers,
-            "MixtralConfig",
-            {**heads, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
-        ),
+        "mixtral": Pair([{"mixer": attention, "ffn": experts}] * layers, "MixtralConfig", mixtral),
     }
 
 
@@ -86,7 +138,7 @@ class Ours:
 
     def __init__(self, pair: Pair, d: int):
         stage = {"pattern": pair.pattern}
-        values = {"d_model": d, "vocab_size": VOCAB, "tie_embeddings": False, "blocks": [stage]}
+        values = {"d_model": d, "vocab_size": VOCAB, "tie_embeddings": False, "blocks": [stage], **pair.fields}
         self.model: nn.Module = LM.from_config(values).eval()
 
     def begin(self, max_len: int) -> None:
@@ -113,7 +165,7 @@ def torch_only() -> Iterator[None]:
 
 
 class Theirs:
-    """transformers' model with the cache that its forward makes."""
+    """transformers' model with its cache."""
 
     def __init__(self, pair: Pair, d: int):
         import transformers
@@ -124,14 +176,18 @@ class Theirs:
         config = getattr(transformers, pair.config)(**sizes, **plain, **pair.arguments)
         with torch_only():
             self.model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
-        self.cache_name = "cache_params" if "mamba" in config.model_type else "past_key_values"
+        names = {"mamba": "cache_params", "mamba2": "cache_params", "rwkv": "state"}
+        self.cache_name = names.get(config.model_type, "past_key_values")
+        self.keeps_cache = config.model_type == "recurrent_gemma"  # it does not hand back the cache it makes
 
     def begin(self, max_len: int) -> None:
-        self.cache = None
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config) if self.keeps_cache else None
 
     def step(self, tokens: Tensor) -> Tensor:
         out = self.model(tokens, use_cache=True, logits_to_keep=1, **{self.cache_name: self.cache})
-        self.cache = getattr(out, self.cache_name)
+        self.cache = self.cache if self.keeps_cache else getattr(out, self.cache_name)
         return out.logits
 
 

@@ -35,7 +35,8 @@ class Attention(SoftmaxLayer):
             keep their own rotary positions.
         sink_logits: learn one extra softmax column a head whose weight is dropped (gpt-oss).
         rope_theta: base of the rotary embedding, None for none. rope_fraction: the share of K that is rotated.
-        qk_norm: RMSNorm on every head of q and k. bias: on q, k, v. out_bias: on the output.
+        qk_norm: RMSNorm on every head of q and k. output_gate: o_proj's input times sigmoid(z_proj(x)) (Qiu et al. 2025,
+            arXiv:2505.06708). bias: on q, k, v. out_bias: on the output.
     """
 
     card = Card(
@@ -61,6 +62,7 @@ class Attention(SoftmaxLayer):
         rope_theta: float | None = 10000.0,
         rope_fraction: float = 1.0,
         qk_norm: bool = False,
+        output_gate: bool = False,
         bias: bool = False,
         out_bias: bool = False,
         norm_eps: float = 1e-6,
@@ -82,6 +84,7 @@ class Attention(SoftmaxLayer):
         self.constant_state = window is not None
         self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.z_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=bias) if output_gate else None
         self.sink_logits = no_weight_decay(nn.Parameter(torch.zeros(self.n_heads))) if sink_logits else None
 
     def forward(
@@ -102,6 +105,8 @@ class Attention(SoftmaxLayer):
             state=state,
             cu_seqlens=cu_seqlens,
         )
+        if self.z_proj is not None:
+            o = o * self.z_proj(x).sigmoid().view_as(o)
         return self.merge(o, cu_seqlens), state
 
     @available_if(lambda self: self.causal, "causal=False reads the whole sequence at once")
