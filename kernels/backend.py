@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from subquad.errors import UserError, nearest
+from subquad.kernels import blocked
 
 BACKENDS = ("naive", "torch", "triton")
 _forced: str | None = None  # of the whole process: torch.compile reads module variables, but no context variables
@@ -56,31 +57,37 @@ def pick(
 ) -> Callable[..., Any]:
     """The form of `op` to run on `like`'s device.
 
-    `unfit` says why the Triton form cannot take these inputs, if so: then a GPU runs the torch form, with one warning.
-    float64, which the kernels do not compute in, takes the torch form by rule.
+    `unfit` says why the Triton form cannot take these inputs, if so. Then, and where `subquad doctor` has blocked it, a
+    GPU runs the torch form, with one warning. An op without a Triton form, and float64, which the kernels do not
+    compute in, take the torch form by rule.
     """
-    name = current_backend(like.device.type)
-    if name == "triton" and name in forms and not _forced:
-        if like.dtype == torch.float64:
-            name = "torch"
-        elif unfit:
-            _warn_once(f"{op}: the Triton form does not take {unfit}; the torch form runs")
-            name = "torch"
-    elif name == "triton" and not _forced:
-        name = "torch"  # an op that has no Triton form
+    name, device = current_backend(like.device.type), like.device
+    if name == "triton" and not _forced and ("triton" not in forms or like.dtype == torch.float64):
+        name = "torch"
     if name not in forms:
         raise UserError(f"{op} has no {name} form; it has: {', '.join(forms)}")
-    if name == "triton":
-        if not TRITON:
-            raise UserError(f"{op}: backend('triton') needs the package triton, which is not installed here")
-        if like.device.type != "cuda" and not INTERPRETED:
-            raise UserError(f"{op}: backend('triton') needs tensors on a GPU; these are on {like.device}")
-        if unfit or like.dtype == torch.float64:
-            raise UserError(f"{op}: the Triton form does not take {unfit or 'float64'}")
-    return forms[name]
+    if name != "triton":
+        return forms[name]
+    if not TRITON:
+        raise UserError(f"{op}: backend('triton') needs the package triton, which is not installed here")
+    if device.type != "cuda" and not INTERPRETED:
+        raise UserError(f"{op}: backend('triton') needs tensors on a GPU; these are on {device}")
+    if unfit or like.dtype == torch.float64:
+        refusal = f"does not take {unfit or 'float64'}"
+    else:
+        refusal = blocked.refusal(op, device.index) if device.type == "cuda" else None
+    if refusal is None:
+        return forms["triton"]
+    if _forced:
+        raise UserError(f"{op}: the Triton form {refusal}")
+    _warn_once(f"{op}: the Triton form {refusal}; the torch form runs")
+    return forms["torch"]
 
 
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=4)
+
+
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in blocked.py: a traced call warns too

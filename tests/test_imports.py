@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "compare": {"kernels", "layers", "models", "train", "infer"},
     "configs": set(),
 }
-ANYONE_MAY_IMPORT = {"errors", "arguments", "configs", "__version__"}
+ANYONE_MAY_IMPORT = {"errors", "arguments", "configs", "folders", "__version__"}
 
 
 def imported_parts(source: str) -> set[str]:
@@ -63,7 +63,11 @@ def test_every_package_is_declared():
     import tomllib
 
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert set(declared["packages"]) == {"subquad", *(f"subquad.{name}" for name in MAY_IMPORT)}
-    assert declared["package-dir"] == {"subquad": "subquad", **{f"subquad.{name}": name for name in MAY_IMPORT}}
-    nested = [str(f.parent) for name in MAY_IMPORT for f in (ROOT / name).rglob("*/__init__.py")]
-    assert not nested, "a folder below a package is not in the wheel unless pyproject.toml names it"
+    folders = [*MAY_IMPORT, *(str(f.parent.relative_to(ROOT)) for top in MAY_IMPORT for f in _nested(top))]
+    homes = {f"subquad.{folder.replace('/', '.')}": folder for folder in folders}
+    assert set(declared["packages"]) == {"subquad", *homes}
+    assert declared["package-dir"] == {"subquad": "subquad", **homes}
+
+
+def _nested(top):
+    return (ROOT / top).rglob("*/__init__.py")

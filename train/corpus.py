@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from subquad.errors import UserError
+from subquad.folders import cache_folder
 from subquad.models.tokenizer import Tokenizer
 
 FORMAT = 1  # part of every cache key: raise it when the files' meaning changes
@@ -148,11 +149,6 @@ def gzip_bits_per_byte(documents: Iterable[Document]) -> float:
         packed += len(packer.compress(text))
         n_bytes += len(text)
     return 8 * (packed + len(packer.flush())) / max(n_bytes, 1)
-
-
-def cache_folder() -> Path:
-    """Where this user's caches live."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subquad"
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, cache: str | Path | None = None) -> Tokens:
