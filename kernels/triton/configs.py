@@ -1,0 +1,172 @@
+"""Tile sizes and launch parameters of the kernels, by widths and GPU: a table and one rule, no autotuning at run time.
+
+`subquad compare kernels --tune` times the candidates on the GPU at hand and writes what is best there into the user's
+own table, whose entries come before the shipped ones.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from subquad.errors import UserError
+from subquad.folders import cache_folder
+
+Values = dict[str, int]
+
+
+class Entry(NamedTuple):
+    """Values measured to be good for these widths, on GPUs of this compute capability."""
+
+    capability: tuple[int, int]
+    widths: Values
+    values: Values
+
+
+class Kernel(NamedTuple):
+    """`default` where no entry fits; `candidates` are what tuning tries: every choice of each value."""
+
+    default: Values
+    candidates: dict[str, tuple[int, ...]]
+    entries: tuple[Entry, ...] = ()
+
+
+H200 = (9, 0)
+
+# A width is any integer that a launcher passes by name; one that an entry leaves out may be anything.
+SHIPPED: dict[str, Kernel] = {
+    # One pass over a sequence, the state [K, BLOCK_V] in registers. On an H200 at K = V = 128 wider blocks or 8 warps
+    # were slower than 64 with 4.
+    "carry": Kernel(
+        default={"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
+        candidates={"BLOCK_V": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+        entries=(Entry(H200, {"K": 128, "V": 128}, {"BLOCK_V": 64, "num_warps": 4, "num_stages": 2}),),
+    ),
+}
+
+
+def config(kernel: str, *, device: torch.device | None = None, **widths: int) -> Values:
+    """The values to launch `kernel` with: keyword arguments of the launch, tile sizes and num_warps, num_stages.
+
+    Of this GPU's entries the one with exactly these widths counts, else the smallest that is nowhere below them, else
+    the kernel's default. Call it where tensors are real, inside the custom op: it asks the device what it is.
+    """
+    if _recorded is not None:
+        _recorded[kernel, tuple(sorted(widths.items()))] = None
+    if kernel in _forced:
+        return {**_forced[kernel]}
+    capability = None if device is None or device.type != "cuda" else _capability(device.index)
+    return {**_chosen(kernel, capability, tuple(sorted(widths.items())))}
+
+
+@cache
+def _chosen(kernel: str, capability: tuple[int, int] | None, widths: tuple[tuple[str, int], ...]) -> Values:
+    asked = dict(widths)
+    fitting = [e for e in table()[kernel].entries if e.capability == capability and _fits(e.widths, asked)]
+    if not fitting:
+        return table()[kernel].default
+    return min(fitting, key=lambda e: (prod(e.widths.values()), -len(e.widths))).values
+
+
+def _fits(entry: Values, asked: Values) -> bool:
+    """Whether an entry for some widths serves those asked for; being the same, it has the smallest product of them."""
+    return all(name in asked and asked[name] <= width for name, width in entry.items())
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def table() -> dict[str, Kernel]:
+    """The shipped table under the user's."""
+    merged = dict(SHIPPED)
+    for name, entries in read(path()).items():
+        if name in merged:  # a table written by another version of subquad may know other kernels
+            mine = [entry for entry in entries if set(entry.values) == set(merged[name].default)]
+            keys = {(entry.capability, *sorted(entry.widths.items())) for entry in mine}
+            rest = [e for e in merged[name].entries if (e.capability, *sorted(e.widths.items())) not in keys]
+            merged[name] = merged[name]._replace(entries=(*mine, *rest))
+    return merged
+
+
+def path() -> Path:
+    """The user's table."""
+    return cache_folder() / "kernels.json"
+
+
+def read(file: Path) -> dict[str, list[Entry]]:
+    """The entries of a table file by kernel; none where there is no file."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    try:
+        return {
+            name: [Entry(tuple(e["capability"]), e["widths"], e["values"]) for e in entries]
+            for name, entries in json.loads(text).items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{file}, the table of tuned kernels, is damaged ({error}); delete it or tune once more with "
+            f"`subquad compare kernels --tune`"
+        ) from error
+
+
+def text(entries: Mapping[str, list[Entry]]) -> str:
+    """A table file that `read` reads, one entry a line."""
+    kernels = []
+    for name, found in entries.items():
+        lines = ",\n".join(f"  {json.dumps(entry._asdict())}" for entry in found)
+        kernels.append(f"{json.dumps(name)}: [\n{lines}\n]")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
+def forget() -> None:
+    """Read the user's table again at the next launch."""
+    table.cache_clear()
+    _chosen.cache_clear()
+
+
+# Of the whole process, not of a thread: backward passes launch from threads of their own.
+_forced: dict[str, Values] = {}
+_recorded: dict[tuple[str, tuple[tuple[str, int], ...]], None] | None = None
+
+
+@contextmanager
+def forced(kernel: str, values: Mapping[str, int]) -> Iterator[None]:
+    """Launch `kernel` with these values whatever the tables say."""
+    before = _forced.get(kernel)
+    _forced[kernel] = dict(values)
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+        if before is not None:
+            _forced[kernel] = before
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, Values]]]:
+    """The kernels launched inside the block and the widths they asked for, each once, in order; complete at its end."""
+    global _recorded
+    before, _recorded = _recorded, {}
+    calls: list[tuple[str, Values]] = []
+    try:
+        yield calls
+    finally:
+        calls += [(name, dict(widths)) for name, widths in _recorded]
+        _recorded = before
+
+
+def candidates(kernel: str) -> list[Values]:
+    """Every choice of the kernel's values that tuning tries."""
+    choices = table()[kernel].candidates
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
