@@ -46,36 +46,25 @@ def linear_attention(
     Cost: O(T H K V) to train, O(H K V) a decoded token, state H K V. Second derivatives are those of autograd.
     """
     _check(q, k, v, decay, exclusive, bonus, causal, state, cu_seqlens)
-    form = pick("linear_attention", _FORMS, v)
-    dtype = accumulator_dtype(v.dtype)
+    form = pick("linear_attention", _FORMS, v, _unfit(q, v))
     has_z = normalizer is not None
     S, z = state if isinstance(state, tuple) else (state, None)
     if not causal:
+        dtype = accumulator_dtype(v.dtype)
         with full_precision(v):
             out = _bidirectional(q.to(dtype), k.to(dtype), v.to(dtype), normalizer, cu_seqlens)
         return out.to(v.dtype), None
     with full_precision(v):
-        H = v.shape[2]
-        n_seqs = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        S0 = v.new_zeros(n_seqs, H, q.shape[-1], v.shape[-1], dtype=dtype) if S is None else S.to(dtype)
-        values = v.to(dtype)
-        if has_z:  # z is one more column of S, written with ones
-            values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
-            z0 = torch.zeros_like(S0[..., 0]) if z is None else z.to(dtype)
-            S0 = torch.cat([S0, z0[..., None]], -1)
         g = expand_decay(decay, v)
-        u = None if bonus is None else bonus.to(dtype)
-        out, last = form(q.to(dtype), k.to(dtype), values, g, S0, exclusive, u, cu_seqlens)
+        out, den, S, z = form(q, k, v, g, S, z, has_z, exclusive, bonus, cu_seqlens)
         if has_z:
-            floor = normalizer[..., None].to(dtype) if isinstance(normalizer, Tensor) else normalizer
-            out = out[..., :-1] / out[..., -1:].abs().clamp(min=floor)
+            floor = normalizer[..., None].to(den.dtype) if isinstance(normalizer, Tensor) else normalizer
+            out = (out / den[..., None].abs().clamp(min=floor)).to(v.dtype)
     if state is None:
-        return out.to(v.dtype), None
+        return out, None
     if has_z:
-        assert S is not None and z is not None
-        return out.to(v.dtype), (commit(S, last[..., :-1]), commit(z, last[..., -1]))
-    assert S is not None
-    return out.to(v.dtype), commit(S, last)
+        return out, (commit(state[0], S), commit(state[1], z))
+    return out, commit(state, S)
 
 
 def _check(q, k, v, decay, exclusive, bonus, causal, state, cu_seqlens) -> None:
@@ -89,6 +78,41 @@ def _check(q, k, v, decay, exclusive, bonus, causal, state, cu_seqlens) -> None:
         raise UserError(
             "linear_attention: causal=False sums whole sequences; it takes no decay, exclusive read or state"
         )
+
+
+def _unfit(q: Tensor, v: Tensor) -> str | None:
+    """Why the Triton form cannot take these, if so."""
+    widest = max(q.shape[-1], v.shape[-1])
+    return f"a width of {widest} (at most 256)" if widest > 256 else None
+
+
+def _in_torch(recurrence):
+    """The form around a plain recurrence on tensors of the accumulator's type, of which z is one more column of S."""
+
+    def form(q, k, v, g, S, z, has_z, exclusive, u, cu_seqlens):
+        dtype = accumulator_dtype(v.dtype)
+        q, k, values = (x.to(dtype) for x in (q, k, v))
+        if S is None:
+            n_seqs = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+            S = values.new_zeros(n_seqs, v.shape[2], q.shape[-1], v.shape[-1])
+        S = S.to(dtype)
+        if has_z:  # written with ones
+            values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
+            z = torch.zeros_like(S[..., 0]) if z is None else z.to(dtype)
+            S = torch.cat([S, z[..., None]], -1)
+        u = None if u is None else u.to(dtype)
+        out, last = recurrence(q, k, values, g, S, exclusive, u, cu_seqlens)
+        if not has_z:
+            return out.to(v.dtype), None, last, None
+        return out[..., :-1], out[..., -1], last[..., :-1], last[..., -1]
+
+    return form
+
+
+def _triton(*arguments):
+    from subquad.kernels.triton.linear_attention import form
+
+    return form(*arguments)
 
 
 def _naive(q, k, v, g, S, exclusive, u, cu_seqlens):
@@ -198,4 +222,4 @@ def _bidirectional(q, k, v, normalizer, cu_seqlens):
     return out[..., :-1] / out[..., -1:].abs().clamp(min=floor)
 
 
-_FORMS = register("linear_attention", naive=_naive, torch=_chunked)
+_FORMS = register("linear_attention", naive=_in_torch(_naive), torch=_in_torch(_chunked), triton=_triton)

@@ -65,7 +65,7 @@ def commit(donated: Tensor, new: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled():
         return new.to(donated.dtype)
-    return donated.copy_(new)
+    return donated if new is donated else donated.copy_(new)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -33,6 +33,18 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def in_place(*states: Tensor | None) -> bool:
+    """Whether a call may write into the states it was given; None stands for none."""
+    if torch.is_grad_enabled() or states[0] is None:
+        return False
+    return all(s is None or (s.dtype == torch.float32 and s.is_contiguous()) for s in states)
+
+
+def accumulating(state: Tensor | None) -> Tensor | None:
+    """A state as the kernels read it."""
+    return None if state is None else state.float().contiguous()
+
+
 @triton.jit
 def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
@@ -53,11 +65,26 @@ def store_tile(base, stride, row, col, inside, value, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def cumulated(g):
-    """Cumulative sums of log decays [C] as a pair (high, low) of float32 that keeps float64's precision in differences.
+def split(x):
+    """float64 as a pair (high, low) of float32 whose differences keep float64's precision."""
+    high = x.to(tl.float32)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
 
-    A float32 sum over gates that mix -0.01 and -1e4 is off by 4e-4.
+
+@triton.jit
+def cumulated(g, EXCLUSIVE: tl.constexpr):
+    """A chunk's log decays [C], cumulated: as readers and as writers see them (pairs), and three exponentials.
+
+    Returns (reader's pair, writer's pair, decay since the chunk's start, decay until its end, the whole). Sums run in
+    float64: a float32 sum over gates that mix -0.01 and -1e4 is off by 4e-4. EXCLUSIVE readers come before their own
+    token's decay.
     """
-    total = tl.cumsum(g.to(tl.float64), 0)
-    high = total.to(tl.float32)
-    return high, (total - high.to(tl.float64)).to(tl.float32)
+    wide = g.to(tl.float64)
+    writer = tl.cumsum(wide, 0)
+    reader = writer - wide if EXCLUSIVE else writer
+    whole = tl.sum(wide, 0)
+    since = tl.exp(reader.to(tl.float32))
+    until = tl.exp(tl.minimum((whole - writer).to(tl.float32), 0.0))
+    reader_high, reader_low = split(reader)
+    writer_high, writer_low = split(writer)
+    return reader_high, reader_low, writer_high, writer_low, since, until, whole.to(tl.float32)

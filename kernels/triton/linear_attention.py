@@ -1,0 +1,177 @@
+"""The Triton form of `linear_attention`: one fused pass forward, and the same pass three times for the gradients."""
+
+import torch
+from torch import Tensor
+
+from subquad.kernels.triton.carry import Pass, States
+from subquad.kernels.triton.segments import clear_padding, gate_gradient
+from subquad.kernels.triton.tiles import accumulating, in_place, rows
+from subquad.kernels.wrapping import once_differentiable
+
+
+def form(q, k, v, g, S, z, normalized, exclusive, bonus, cu_seqlens):
+    """As subquad.kernels.linear_attention calls it: (out, denominators or None, S, z)."""
+    if g is not None and g.dim() == 4:
+        raise NotImplementedError
+    if in_place(S, z):
+        out, den = linear_attention_triton_(q, k, v, g, S, z, cu_seqlens, normalized, exclusive)
+        last, z_last = S, z
+    else:
+        S, z = accumulating(S), accumulating(z)
+        out, den, last, z_last = linear_attention_triton(q, k, v, g, S, z, cu_seqlens, normalized, exclusive)
+    if bonus is not None:
+        repeat = v.shape[2] // q.shape[2]
+        own = (q.float() * k.float()).repeat_interleave(repeat, 2) if repeat > 1 else q.float() * k.float()
+        out = (out + (own * bonus.float()).sum(-1, keepdim=True) * v).to(v.dtype)
+    return out, den if normalized else None, last, z_last if normalized else None
+
+
+@torch.library.custom_op("subquad::linear_attention_triton", mutates_args=())
+def linear_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None,
+    normalized: bool, exclusive: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out [B, T, H, V], denominators [B, T, H], S, z), the last three empty unless asked for."""
+    out, den, last, z_last = _outputs(q, v, S, normalized, n_seqs(v, cu_seqlens))
+    _forward(q, k, v, g, S, z, cu_seqlens, exclusive, out, den, last, z_last)
+    return out, den, last, z_last
+
+
+@torch.library.custom_op("subquad::linear_attention_triton_", mutates_args=("S", "z"))
+def linear_attention_triton_(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor, z: Tensor | None, cu_seqlens: Tensor | None,
+    normalized: bool, exclusive: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same, with the new state written into S and z."""
+    out, den, _, z_last = _outputs(q, v, None if z is None else S, normalized, n_seqs(v, cu_seqlens))
+    _forward(q, k, v, g, S, z, cu_seqlens, exclusive, out, den, S, z_last)
+    if z is not None:
+        z.copy_(z_last)
+    return out, den
+
+
+def n_seqs(v: Tensor, cu_seqlens: Tensor | None) -> int:
+    return v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def _outputs(q, v, S, normalized, N):
+    B, T, H, V = v.shape
+    single = {"dtype": torch.float32, "device": v.device}
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    den = torch.empty((B, T, H) if normalized else 0, **single)
+    last = torch.empty(0 if S is None else (N, H, q.shape[-1], V), **single)
+    z_last = torch.empty((N, H, q.shape[-1]) if normalized and S is not None else 0, **single)
+    return out, den, last, z_last
+
+
+@linear_attention_triton.register_fake
+def _(q, k, v, g, S, z, cu_seqlens, normalized, exclusive):
+    return _outputs(q, v, S, normalized, n_seqs(v, cu_seqlens))
+
+
+@linear_attention_triton_.register_fake
+def _(q, k, v, g, S, z, cu_seqlens, normalized, exclusive):
+    return _outputs(q, v, S, normalized, n_seqs(v, cu_seqlens))[:2]
+
+
+def _forward(q, k, v, g, S, z, cu_seqlens, exclusive, out, den, last, z_last):
+    normalized = den.dim() == 3
+    last, z_last = (None, None) if S is None else (last, z_last if normalized else None)
+    forward = Pass(rows(q), rows(k), rows(v), g, cu_seqlens, exclusive=exclusive, normalized=normalized)
+    before = forward.states(S, z, last, z_last)
+    forward.run(before, out, last=last, z_last=z_last, den=den if normalized else None)
+    clear_padding(out, cu_seqlens)
+    if normalized:
+        clear_padding(den, cu_seqlens)
+
+
+@torch.library.custom_op("subquad::linear_attention_triton_backward", mutates_args=())
+def linear_attention_triton_backward(
+    do: Tensor, dden: Tensor | None, dS: Tensor | None, dz: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    g: Tensor | None, S: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None, exclusive: bool,
+    last: Tensor, z_last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, g, S, z; empty where there is none. last, z_last: the state that forward returned."""
+    dq, dk, dv, dg, dS0, dz0 = _gradients(q, k, v, g, S, z)
+    do, q, k, v = rows(do), rows(q), rows(k), rows(v)
+    same = {"g": g, "cu_seqlens": cu_seqlens, "exclusive": exclusive}
+    reads = Pass(do, v, k, transposed=True, r_more=dden, **same)
+    writes = Pass(v, do, q, transposed=True, reverse=True, w_more=dden, **same)
+    values = Pass(k, q, do, reverse=True, **same)
+
+    up, down = (None, None) if g is None else (reads.new_term(), writes.new_term())
+    before = reads.states(S, z, ends=g is not None)
+    reads.run(before, dq, partner=None if g is None else q, term=up)
+    first, z_first = None if S is None else dS0, None if z is None else dz0
+    after = writes.states(dS, dz, first, z_first)
+    writes.run(after, dk, partner=None if g is None else k, term=down, last=first, z_last=z_first)
+    values.run(after._replace(z=None), dv)
+    if g is not None:
+        ends = before._replace(S_ends=last, z_ends=z_last) if reads.cut.whole else before
+        dg = gate_gradient(up, down, _edge(ends, after), reads.cut, exclusive)
+    for x in (dq, dk, dv, dg):
+        clear_padding(x, cu_seqlens)
+    G = q.shape[2]
+    if v.shape[2] != G:
+        dq, dk = (x.unflatten(2, (G, -1)).sum(3) for x in (dq, dk))
+    return dq, dk, dv, dg, dS0, dz0
+
+
+def _edge(before: States, after: States) -> Tensor | None:
+    """<S, dS> at the end of each segment, [n, H]: what decays on from before a token to after the segment."""
+    if after.S is None:
+        return None
+    edge = (before.S_ends * after.S).sum((-2, -1))
+    return edge if after.z is None else edge + (before.z_ends * after.z).sum(-1)
+
+
+def _gradients(q, k, v, g, S, z):
+    H = v.shape[2]
+
+    def like(x, heads=None):
+        if x is None:
+            return torch.empty(0, dtype=torch.float32, device=v.device)
+        shape = x.shape if heads is None else (*x.shape[:2], heads, x.shape[3])
+        return torch.empty(shape, dtype=x.dtype, device=v.device)
+
+    return like(q, H), like(k, H), like(v), like(g), like(S), like(z)
+
+
+@linear_attention_triton_backward.register_fake
+def _(do, dden, dS, dz, q, k, v, g, S, z, cu_seqlens, exclusive, last, z_last):
+    _, _, dv, dg, dS0, dz0 = _gradients(q, k, v, g, S, z)
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+        dv,
+        dg,
+        dS0,
+        dz0,
+    )
+
+
+def _save(ctx, inputs, output):
+    q, k, v, g, S, z, cu_seqlens, normalized, exclusive = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, S, z, cu_seqlens, output[2], output[3])
+    ctx.exclusive, ctx.normalized = exclusive, normalized
+
+
+def _backward(ctx, do, dden, dS, dz):
+    q, k, v, g, S, z, cu_seqlens, last, z_last = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(v)
+    if ctx.normalized and dden is None:
+        dden = v.new_zeros(v.shape[:3], dtype=torch.float32)
+    if S is None:
+        dS = dz = None
+    found = linear_attention_triton_backward(
+        do, dden if ctx.normalized else None, dS, dz if ctx.normalized else None, q, k, v, g, S, z, cu_seqlens,
+        ctx.exclusive, last, z_last,
+    )  # fmt: skip
+    wanted = [x if given is not None else None for x, given in zip(found, (q, k, v, g, S, z), strict=True)]
+    return (*wanted, None, None, None)
+
+
+linear_attention_triton.register_autograd(_backward, setup_context=_save)
+once_differentiable(linear_attention_triton_backward, "linear_attention")

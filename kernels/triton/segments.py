@@ -1,0 +1,191 @@
+"""Time cut into segments that run side by side: their layout, and how states travel from one to the next.
+
+A batch whose heads fill the GPU has one segment a sequence. Otherwise, and in a packed row, whose lengths the host does
+not know, each segment first finds what it alone adds to the state, a short pass over the segments turns that into the
+state before each, and the real pass starts from there.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 64  # tokens of a chunk, in every kernel that works in chunks
+PROGRAMS = 512  # enough to fill today's GPUs several times over
+SHORTEST = 512  # tokens; below, the states of the segments outweigh their tokens
+
+
+class Segments(NamedTuple):
+    """`count` segments of at most `size` tokens, those of one sequence side by side."""
+
+    count: int
+    size: int
+    n_seqs: int
+    per_sequence: int  # in a batch
+    packed: bool
+    table: Tensor  # packed: int32 [count, 4]: sequence, start, end, its first chunk; without tokens past the last
+    first: Tensor  # packed: int32 [N + 1], the first segment of each sequence
+
+    @property
+    def whole(self) -> bool:
+        """Whether each sequence is one segment, in order."""
+        return not self.packed and self.per_sequence == 1
+
+
+def segments(like: Tensor, cu_seqlens: Tensor | None, programs: int) -> Segments:
+    """The layout for `like` [B, T, ...] and a pass of which one segment over all B rows takes `programs` programs."""
+    T = like.shape[1]
+    splits = max(1, min(-(-PROGRAMS // max(programs, 1)), T // SHORTEST)) if programs < PROGRAMS // 2 else 1
+    size = -(-max(T, 1) // splits)
+    return cut(like, cu_seqlens, -(-size // CHUNK) * CHUNK)
+
+
+def cut(like: Tensor, cu_seqlens: Tensor | None, size: int) -> Segments:
+    """Segments of `size` tokens, a multiple of CHUNK; with `size` = CHUNK, the chunks themselves.
+
+    Chunks are numbered b * ceil(T / CHUNK) + i in a batch, and through the sequences in a packed row.
+    """
+    B, T = like.shape[:2]
+    if cu_seqlens is None:
+        per_sequence = max(-(-T // size), 1)
+        none = like.new_empty(0, dtype=torch.int32)
+        return Segments(B * per_sequence, size, B, per_sequence, False, none, none)
+    n_seqs = cu_seqlens.numel() - 1
+    count = T // size + n_seqs
+    cu = cu_seqlens.long()
+    lengths = cu.diff()
+    ends = ((lengths + size - 1) // size).cumsum(0)
+    first, first_chunk = F.pad(ends, (1, 0)), F.pad(((lengths + CHUNK - 1) // CHUNK).cumsum(0), (1, 0))
+    index = torch.arange(count, device=cu.device)
+    sequence = torch.searchsorted(ends, index, right=True)
+    real = sequence < n_seqs
+    sequence = sequence.clamp(max=n_seqs - 1)
+    within = (index - first[sequence]) * size
+    start = torch.where(real, cu[sequence] + within, 0)
+    end = torch.where(real, torch.minimum(start + size, cu[sequence + 1]), 0)
+    chunk = torch.where(real, first_chunk[sequence] + within // CHUNK, 0)
+    table = torch.stack([sequence, start, end, chunk], 1).to(torch.int32)
+    return Segments(count, size, n_seqs, 1, True, table, first.to(torch.int32))
+
+
+@triton.jit
+def segment_bounds(table, n, T, segment, per_sequence, packed):
+    """Of segment n: its row of the batch (int64), first token, end, and the number of its first chunk."""
+    if packed:
+        b = 0
+        start = tl.load(table + 4 * n + 1)
+        end = tl.load(table + 4 * n + 2)
+        chunk = tl.load(table + 4 * n + 3)
+    else:
+        b = n // per_sequence
+        start = (n % per_sequence) * segment
+        end = tl.minimum(start + segment, T)
+        chunk = b * ((T + 63) // 64) + start // 64
+    return b.to(tl.int64), start, end, chunk
+
+
+@triton.jit(do_not_specialize=["per_sequence", "packed", "carried", "emit"])
+def combine(
+    alone, total, initial, starts, ends, last, first, per_sequence, packed, carried, emit, H,
+    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """S before each segment, and after it in `ends`, from what each adds alone and its log decay `total`."""
+    block = tl.program_id(0)
+    n = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < K * V
+    lane = (n * H + h).to(tl.int64) * (K * V) + at
+    S = tl.load(initial + lane, mask=at < K * V * carried, other=0.0)
+    if packed:
+        begin = tl.load(first + n)
+        stop = tl.load(first + n + 1)
+    else:
+        begin = n * per_sequence
+        stop = begin + per_sequence
+    for i in range(stop - begin):
+        s = stop - 1 - i if REVERSE else begin + i
+        here = (s * H + h).to(tl.int64)
+        tl.store(starts + here * (K * V) + at, S, mask=inside)
+        added = tl.load(alone + here * (K * V) + at, mask=inside, other=0.0)
+        if total is not None:
+            S *= tl.exp(tl.load(total + here))
+        S += added
+        if ends is not None:
+            tl.store(ends + here * (K * V) + at, S, mask=inside)
+    tl.store(last + lane, S, mask=at < K * V * emit)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _clear(x, cu_seqlens, n_seqs, total, WIDTH, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    used = tl.load(cu_seqlens + n_seqs)
+    row = tl.program_id(0) * ROWS
+    if row + ROWS > used:
+        for i in range(ROWS):
+            here = row + i
+            if (here >= used) & (here < total):
+                for c in range(0, WIDTH, BLOCK):
+                    col = c + tl.arange(0, BLOCK)
+                    zero = tl.zeros([BLOCK], x.dtype.element_ty)
+                    tl.store(x + here.to(tl.int64) * WIDTH + col, zero, mask=col < WIDTH)
+
+
+def clear_padding(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Zero the rows of x [1, T, ...] past the last sequence, in place."""
+    if cu_seqlens is not None and x.numel():
+        width = x[0, 0].numel()
+        grid = (triton.cdiv(x.shape[1], 64),)
+        _clear[grid](x, cu_seqlens, cu_seqlens.numel() - 1, x.shape[1], width, ROWS=64, BLOCK=1024)
+    return x
+
+
+@triton.jit(do_not_specialize=["n_rows", "T", "segment", "per_sequence", "packed", "crossed"])
+def _gate_gradient(
+    up, down, n_up, n_down, n_rows, edge, dg, table, T, segment, per_sequence, packed, crossed, H,
+    C: tl.constexpr, EXCLUSIVE: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0)
+    h = tl.program_id(1)
+    b, start, end, _ = segment_bounds(table, n, T, segment, per_sequence, packed)
+    row = tl.arange(0, C)
+    later = tl.load(edge + n * H + h, mask=crossed != 0, other=0.0).to(tl.float64)
+    n_chunks = (end - start + C - 1) // C
+    for i in range(n_chunks):
+        first = start + (n_chunks - 1 - i) * C
+        inside = row < end - first
+        line = ((b * T + first) * H + h) + row * H
+        read = tl.zeros([C], tl.float64)
+        for k in range(n_up):
+            read += tl.load(up + k * n_rows.to(tl.int64) * H + line, mask=inside, other=0.0).to(tl.float64)
+        written = tl.zeros([C], tl.float64)
+        for k in range(n_down):
+            written += tl.load(down + k * n_rows.to(tl.int64) * H + line, mask=inside, other=0.0).to(tl.float64)
+        change = read - written
+        since = tl.sum(change, 0) - tl.cumsum(change, 0)  # of the tokens after each in this chunk
+        gradient = later + since
+        if EXCLUSIVE:
+            gradient -= written
+        else:
+            gradient += change
+        tl.store(dg + line, gradient.to(tl.float32), mask=inside)
+        later += tl.sum(change, 0)
+
+
+def gate_gradient(up: Tensor, down: Tensor, edge: Tensor | None, cut: Segments, exclusive: bool) -> Tensor:
+    """The gradient of a scalar log decay [B, T, H] from what tokens read (`up`) and write (`down`), [parts, B, T, H].
+
+    A decay stands between all tokens written before it and all read from it on. Let R_i = r_i . dr_i be reader i's
+    share and W_j = w_j . dw_j writer j's; each pair is in both. So dg_t = sum_{i>=t} R_i - sum_{j>=t} W_j plus what crosses
+    the end: <S, dS> there (`edge` [n, H]). It is summed within segments, where rounding cannot pile up.
+    """
+    _, B, T, H = up.shape
+    dg = up.new_empty(B, T, H)
+    if dg.numel():
+        _gate_gradient[(cut.count, H)](
+            up, down, up.shape[0], down.shape[0], B * T, up if edge is None else edge, dg, cut.table, T, cut.size,
+            cut.per_sequence, int(cut.packed), int(edge is not None), H, C=64, EXCLUSIVE=exclusive,
+        )  # fmt: skip
+    return dg
