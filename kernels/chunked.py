@@ -5,7 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.kernels.wrapping import once_differentiable
+
 CHUNK = 64  # tokens; a power of two
+
+
+def chunk_size(time: int) -> int:
+    """Tokens a chunk for an input of `time` tokens: short inputs are not filled up to a whole one."""
+    return min(CHUNK, 1 << max(time - 1, 0).bit_length())
 
 
 class Decay:
@@ -30,6 +37,14 @@ class Decay:
         """exp(G_i - G_j) for j <= i (strict: j < i) and 0 elsewhere: [B, n, H, C, C]."""
         gap = (self.queries[..., :, None] - self.keys[..., None, :]).to(self.dtype)
         return gap.masked_fill(~lower(gap.shape[-1], strict, gap.device), -torch.inf).exp()
+
+
+def solve_lower(A: Tensor, right: Tensor) -> Tensor:
+    """(I + A)^-1 right for a strictly lower triangular A [.., C, C].
+
+    Written as a row system: of row-major operands the solver copies none, and its result is row-major, too.
+    """
+    return torch.linalg.solve_triangular(A.mT, right.mT, upper=True, left=False, unitriangular=True).mT
 
 
 def lower(size: int, strict: bool, device: torch.device) -> Tensor:
@@ -71,9 +86,9 @@ class Products(NamedTuple):
 
 
 def decayed_products(queries: list[Query], keys: list[Tensor], g: Tensor | None) -> Products:
-    """g: None, [B, n, C, H] or [B, n, C, H, K] (C is a power of two then); keys: [B, n, H, C, K]."""
+    """keys: [B, n, H, C, K]; g: None, [B, n, C, H] or [B, n, C, H, K] (C a power of two, no second derivatives)."""
     if g is not None and g.dim() == 5:
-        return _by_halves(queries, keys, g.transpose(2, 3).to(keys[0].dtype).exp().contiguous())
+        return _by_halves(queries, keys, g.transpose(2, 3).to(keys[0].dtype).exp())
     scores = [[q.x @ k.transpose(-1, -2) for k in keys] for q in queries]
     if g is None:
         scores = [[s.tril(0 if q.own else -1) for s in row] for q, row in zip(queries, scores, strict=True)]
@@ -89,37 +104,146 @@ def decayed_products(queries: list[Query], keys: list[Tensor], g: Tensor | None)
 
 
 def _by_halves(queries: list[Query], keys: list[Tensor], e: Tensor) -> Products:
-    """For a vector decay e = exp(g), [B, n, H, C, K].
+    """For a vector decay e = exp(g), [B, n, H, C, K]: one product a level for all pairs of queries and keys."""
+    decayed, own = [not q.exclusive for q in queries], [q.own for q in queries]
+    scores, late, early, whole = _pair_by_halves([q.x for q in queries], keys, e, decayed, own)
+    pairs = [list(row.unbind(0)) for row in scores.unbind(0)]
+    return Products(pairs, list(late.unbind(4)), list(early.unbind(4)), whole[..., None])
+
+
+@torch.library.custom_op("subquad::pair_by_halves", mutates_args=())
+def _pair_by_halves(
+    queries: list[Tensor], keys: list[Tensor], e: Tensor, decayed: list[bool], own: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> scores [R, Q, B, n, H, C, C] of R queries and Q keys, late [.., C, R, K], early [.., C, Q, K], whole [.., K].
+
+    `decayed`: the queries that read after their own token's decay; `own`: those that read its key, undecayed.
 
     Blocks of 1, 2, 4, ... tokens hold their queries decayed since the block's start and their keys decayed to its end.
     Two neighbours meet in one product, late queries with early keys, and become one block by multiplying the late
     queries and the early keys with the other's whole decay. So C K log C multiplications stand in for C^2 K
     exponentials, and decays are only ever multiplied: no difference of sums that could cancel, nothing above one.
     """
-    # Contiguous first: a product takes its layout from its operands, and a transposed one makes all that follows slow.
-    late, early = [q.x.contiguous() for q in queries], [k.contiguous() for k in keys]
-    scores = [
-        [((x * k).sum(-1) if q.own else torch.zeros_like(k[..., 0]))[..., None, None] for k in early]
-        for q, x in zip(queries, late, strict=True)
-    ]
-    late = [x if q.exclusive else x * e for q, x in zip(queries, late, strict=True)]
-    whole, half = e, 1
-    while half < e.shape[3]:
-        late, early = ([x.unflatten(3, (-1, 2, half)) for x in group] for group in (late, early))
-        scores = [
-            [_join(s, q, k) for s, k in zip(row, early, strict=True)] for row, q in zip(scores, late, strict=True)
-        ]
-        first, second = whole.unflatten(3, (-1, 2)).unbind(4)
-        one = torch.ones_like(first)
-        since, until = (torch.stack(x, 4)[..., None, :] for x in ((one, first), (second, one)))
-        late, early = [(x * since).flatten(3, 5) for x in late], [(x * until).flatten(3, 5) for x in early]
-        whole, half = first * second, 2 * half
-    return Products([[s.squeeze(3) for s in row] for row in scores], late, early, whole.transpose(-1, -2))
+    at, whole = e.shape[:3], e.flatten(0, 2)
+    late, early = _rows(queries), _rows(keys)
+    scores = late.new_zeros(len(queries), len(keys), *whole.shape[:2], whole.shape[1])
+    for r in _true(own):
+        scores[r].diagonal(dim1=2, dim2=3).copy_((late[:, :, r, None] * early).sum(3).permute(2, 0, 1))
+    for r in _true(decayed):
+        late[:, :, r] *= whole
+    for half in _halves(e):
+        q, k = _half(late, half, 1), _half(early, half, 0)
+        product = (_matrix(q) @ _matrix(k).mT).view(*q.shape[:4], *k.shape[2:4])
+        _crossing(scores, half).copy_(product.permute(3, 5, 0, 2, 4, 1))
+        whole = _grow(q, k, whole)
+    return scores.unflatten(2, at), late.unflatten(0, at), early.unflatten(0, at), whole[:, 0].clone().unflatten(0, at)
 
 
-def _join(scores: Tensor, late: Tensor, early: Tensor) -> Tensor:
-    """Neighbours and their crossing products: [.., 2 blocks, half, half] -> [.., blocks, 2 half, 2 half]."""
-    crossing = late[:, :, :, :, 1] @ early[:, :, :, :, 0].transpose(-1, -2)
-    first, second = scores.unflatten(3, (-1, 2)).unbind(4)
-    top = torch.cat([first, torch.zeros_like(crossing)], -1)
-    return torch.cat([top, torch.cat([crossing, second], -1)], -2)
+@_pair_by_halves.register_fake
+def _(queries, keys, e, decayed, own):
+    *at, C, K = e.shape
+    late, early = (e.new_empty(*at, C, len(x), K) for x in (queries, keys))
+    return e.new_empty(len(queries), len(keys), *at, C, C), late, early, e.new_empty(*at, K)
+
+
+@torch.library.custom_op("subquad::pair_by_halves_backward", mutates_args=())
+def _pair_by_halves_backward(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    e: Tensor,
+    decayed: list[bool],
+    own: list[bool],
+    d_scores: Tensor,
+    d_late: Tensor,
+    d_early: Tensor,
+    d_whole: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The levels once more, kept this time, then the chain rule from the last to the first."""
+    at, own_decay = e.shape[:3], e.flatten(0, 2)
+    late, early, whole, levels = _rows(queries), _rows(keys), own_decay, []
+    for r in _true(decayed):
+        late[:, :, r] *= own_decay
+    for half in _halves(e):
+        q, k = _half(late, half, 1), _half(early, half, 0)
+        levels.append((half, q.contiguous(), k.contiguous(), whole.unflatten(1, (-1, 2))))
+        whole = _grow(q, k, whole)
+
+    d_scores = d_scores.flatten(2, 4)
+    d_late, d_early = (d.flatten(0, 2).clone(memory_format=torch.contiguous_format) for d in (d_late, d_early))
+    d_e = d_whole.flatten(0, 2)[:, None].clone()
+    for half, q, k, pair in reversed(levels):
+        d_q, d_k = _half(d_late, half, 1), _half(d_early, half, 0)
+        # What one block's whole decay multiplied: the other's rows, and the other's decay.
+        d_first, d_second = ((d * x).sum((2, 3)) for d, x in ((d_q, q), (d_k, k)))
+        first, second = pair.unbind(2)
+        d_e = torch.stack([d_first + d_e * second, d_second + d_e * first], 2).flatten(1, 2)
+        d_product = _crossing(d_scores, half).permute(2, 5, 3, 0, 4, 1).flatten(4, 5).flatten(2, 3).flatten(0, 1)
+        d_q.mul_(first[:, :, None, None]).add_((d_product @ _matrix(k)).view_as(q))
+        d_k.mul_(second[:, :, None, None]).add_((d_product.mT @ _matrix(q)).view_as(k))
+    late, early = _rows(queries), _rows(keys)
+    for r in _true(decayed):
+        d_e = d_e + d_late[:, :, r] * late[:, :, r]
+        d_late[:, :, r] *= own_decay
+    for r in _true(own):
+        d = d_scores[r].diagonal(dim1=2, dim2=3).permute(1, 2, 0)[..., None]
+        d_late[:, :, r] += (d * early).sum(2)
+        d_early += d * late[:, :, r, None]
+    return d_late.unflatten(0, at), d_early.unflatten(0, at), d_e.reshape(e.shape)
+
+
+@_pair_by_halves_backward.register_fake
+def _(queries, keys, e, *rest):
+    return *(e.new_empty(*e.shape[:4], len(x), e.shape[4]) for x in (queries, keys)), e.new_empty(e.shape)
+
+
+def _save(ctx, inputs, output):
+    queries, keys, e, *ctx.kinds = inputs
+    ctx.n_queries = len(queries)
+    ctx.save_for_backward(*queries, *keys, e)
+
+
+def _backward(ctx, *grads):
+    *rows, e = ctx.saved_tensors
+    queries, keys = rows[: ctx.n_queries], rows[ctx.n_queries :]
+    d_late, d_early, d_e = _pair_by_halves_backward(queries, keys, e, *ctx.kinds, *grads)
+    return list(d_late.unbind(4)), list(d_early.unbind(4)), d_e, None, None
+
+
+_pair_by_halves.register_autograd(_backward, setup_context=_save)
+once_differentiable(_pair_by_halves_backward, "the chunked form of a decay for every channel")
+
+
+def _halves(e: Tensor) -> list[int]:
+    return [1 << level for level in range(e.shape[3].bit_length() - 1)]
+
+
+def _true(flags: list[bool]) -> list[int]:
+    return [r for r, flag in enumerate(flags) if flag]
+
+
+def _rows(xs: list[Tensor]) -> Tensor:
+    """[N, C, R, K] of R tensors [B, n, H, C, K]: a token's rows side by side, so that a block is one matrix."""
+    return torch.stack(xs, 4).flatten(0, 2)
+
+
+def _half(x: Tensor, half: int, which: int) -> Tensor:
+    """The first or second of each two neighbouring blocks: a view [N, M, half, R, K] of [N, C, R, K]."""
+    return x.unflatten(1, (-1, 2, half))[:, :, which]
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.flatten(2, 3).flatten(0, 1)
+
+
+def _crossing(scores: Tensor, half: int) -> Tensor:
+    """The scores of second blocks with first ones: a view [R, Q, N, half, half, M] of [R, Q, N, C, C]."""
+    blocks = scores.unflatten(4, (-1, 2, half)).unflatten(3, (-1, 2, half))
+    return blocks[:, :, :, :, 1, :, :, 0].diagonal(dim1=3, dim2=5)
+
+
+def _grow(q: Tensor, k: Tensor, whole: Tensor) -> Tensor:
+    """Two blocks become one, in place: its queries since its start, its keys to its end; returns its whole decay."""
+    first, second = whole.unflatten(1, (-1, 2)).unbind(2)
+    q.mul_(first[:, :, None, None])
+    k.mul_(second[:, :, None, None])
+    return first * second

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
-from subquad.kernels.chunked import CHUNK, Query, decayed_products
+from subquad.kernels.chunked import Query, chunk_size, decayed_products, solve_lower
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
 from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision
@@ -90,16 +90,15 @@ def _chunked(q, k, v, beta, g, S, cu_seqlens):
     if g is not None and g.dim() == 4 and R & (R - 1):  # to a power of two; factors with beta = 0 change nothing
         R = 1 << R.bit_length()
         k, v, beta = (F.pad(x, (0, 0) * (x.dim() - 3) + (0, R - v.shape[2])) for x in (k, v, beta))
-    chunks = Chunks(v, max(CHUNK // R, 1), cu_seqlens)
+    chunks = Chunks(v, max(chunk_size(R * v.shape[1]) // R, 1), cu_seqlens)
     rows = (chunks.split(x).flatten(2, 3).transpose(2, 3) for x in (k, v, beta[..., None]))
     kc, vc, b = (x.contiguous() for x in rows)  # [B, n, H, C, .]
     qc = _spread(chunks.split(q), R - 1, R).transpose(2, 3)
     gc = None if g is None else _spread(chunks.split(g), 0, R)
     ((A,), (P,)), (k_start, q_start), (k_end,), whole = decayed_products([Query(kc), Query(qc, own=True)], [kc], gc)
 
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     right = b * torch.cat([vc, k_start], -1)
-    solved = torch.linalg.solve_triangular(b * A + eye, right, upper=False, unitriangular=True)
+    solved = solve_lower(b * A, right)
     # Unbound once: the gradient of each fresh[:, i] would be a zero tensor of the whole, quadratic in T.
     fresh, erase = (x.unbind(1) for x in solved.split([v.shape[-1], k.shape[-1]], -1))
     ends = k_end.transpose(-1, -2).unbind(1)

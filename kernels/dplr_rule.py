@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from subquad.kernels.backend import pick, register
-from subquad.kernels.chunked import CHUNK, Query, decayed_products
+from subquad.kernels.chunked import Query, chunk_size, decayed_products, solve_lower
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
 from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision
@@ -71,16 +71,14 @@ def _chunked(q, k, v, a, b, g, S, cu_seqlens):
     """
     if v.shape[1] <= 1 and cu_seqlens is None:
         return _naive(q, k, v, a, b, g, S, None)
-    chunks = Chunks(v, CHUNK, cu_seqlens)
-    qc, kc, vc, ac, bc = (chunks.split(x).transpose(2, 3).contiguous() for x in (q, k, v, a, b))  # [B, n, H, C, .]
+    chunks = Chunks(v, chunk_size(v.shape[1]), cu_seqlens)
+    qc, kc, vc, ac, bc = (chunks.split(x).transpose(2, 3) for x in (q, k, v, a, b))  # [B, n, H, C, .]
+    vc = vc.contiguous()
     readers = [Query(ac, exclusive=True), Query(qc, own=True)]
     products = decayed_products(readers, [kc, bc], None if g is None else chunks.split(g))
     ((a_k, a_b), (q_k, q_b)), (a_start, q_start), (k_end, b_end), whole = products
 
-    eye = torch.eye(a_b.shape[-1], dtype=v.dtype, device=v.device)
-    solved = torch.linalg.solve_triangular(
-        eye - a_b, torch.cat([a_k @ vc, a_start], -1), upper=False, unitriangular=True
-    )
+    solved = solve_lower(-a_b, torch.cat([a_k @ vc, a_start], -1))
     # Unbound once: the gradient of each fresh[:, i] would be a zero tensor of the whole, quadratic in T.
     fresh, old = (x.unbind(1) for x in solved.split([v.shape[-1], k.shape[-1]], -1))
     written = (k_end.transpose(-1, -2) @ vc).unbind(1)
