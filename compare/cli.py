@@ -7,6 +7,7 @@ from subquad.arguments import dispatch
 COMMANDS = {
     "layers": ("subquad.compare.layers", "time and state of layers against length, as a table and as curves"),
     "forms": ("subquad.compare.forms", "every layer's vectorised form against its plain recurrence"),
+    "kernels": ("subquad.compare.kernels", "Triton forms on this GPU, against the memory floor and other libraries"),
     "cpu": ("subquad.compare.cpu", "tokens per CPU second of small models, against transformers"),
 }
 
