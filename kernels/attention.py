@@ -11,7 +11,7 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
 from subquad.kernels.cache import cached_positions, gather_before, write_cache, write_token
-from subquad.kernels.packing import Padded, advance, check_packed, mask_padding, positions, sequence_ids
+from subquad.kernels.packing import Padded, advance, check_packed, host_counts, mask_padding, positions, sequence_ids
 from subquad.kernels.state import KVCache, RingCache
 
 QUERY_BLOCK = 256  # queries whose mask is held at a time where SDPA needs an explicit one
@@ -201,16 +201,15 @@ def _continued(q, k, v, pattern, sink_logits, state, fresh):
     """New tokens after a cache: (o, keys, values). `fresh` [N, T] is False for padding among the new tokens."""
     time, slots = q.shape[1], state.k.shape[1]
     spare = slots if isinstance(state, KVCache) else slots - pattern.n_sinks - pattern.window
-    before, used = None, slots
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading counts costs nothing
-        before = state.count.tolist()
+    before, used = host_counts(state.count), slots
+    if before is not None:
         new = [time] * len(before) if fresh is None else fresh.sum(1).tolist()
         used = max((b + n for b, n in zip(before, new, strict=True)), default=0)
     if isinstance(state, KVCache) and used > slots:
         raise UserError(f"the cache has {slots} slots; {used} tokens do not fit (raise max_len)")
-    at = positions(time, state.count, None)
     if time == 1 and fresh is None and (pattern.window is None or spare == 0):
-        return _one_token(q, k, v, at, pattern, sink_logits, state, before)
+        return _one_token(q, k, v, pattern, sink_logits, state, before)
+    at = positions(time, state.count, None)
     if isinstance(state, KVCache):
         keys, values = write_cache(state, k, v, at, fresh, 0)
         held = (x[:, :used].to(q.dtype) for x in (keys, values))
@@ -238,16 +237,17 @@ def read_cache(q, k, v, at, fresh, before, pattern, sink_logits):
     return _masked_blocks(q, k, v, at, key_at, pattern, sink_logits, offset=offset)
 
 
-def _one_token(q, k, v, at, pattern, sink_logits, state, before):
+def _one_token(q, k, v, pattern, sink_logits, state, before):
     """One token a sequence that reads every slot in use. `before`: the counts, where the host knows them."""
     used, mask = state.k.shape[1], None
     if before and min(before) == max(before):
         keys, values = write_token(state, k, v, before[0], pattern.n_sinks)
         used = min(used, before[0] + 1)
     else:
+        at = state.count[:, None]
         keys, values = write_cache(state, k, v, at, None, pattern.n_sinks)
         mask = (torch.arange(used, device=q.device) <= at)[:, None, None]
-    held = (x[:, :used].to(q.dtype) for x in (keys, values))
+    held = (x.narrow(1, 0, used).to(q.dtype) for x in (keys, values))
     return sdpa(q, *held, mask, sink_logits=sink_logits), keys, values
 
 

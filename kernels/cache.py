@@ -64,8 +64,8 @@ def write_token(cache: KVCache | RingCache, k: Tensor, v: Tensor, position: int,
         return tuple(
             old.slice_scatter(new.to(old.dtype), 1, slot, slot + 1) for old, new in ((cache.k, k), (cache.v, v))
         )
-    cache.k[:, slot].copy_(k[:, 0])
-    cache.v[:, slot].copy_(v[:, 0])
+    cache.k.select(1, slot).copy_(k.select(1, 0))  # an index of several dimensions costs twice as much
+    cache.v.select(1, slot).copy_(v.select(1, 0))
     return cache.k, cache.v
 
 

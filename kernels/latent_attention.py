@@ -12,7 +12,7 @@ from subquad.errors import UserError
 from subquad.kernels.attention import Pattern, attention, read_cache
 from subquad.kernels.backend import pick, register
 from subquad.kernels.cache import write_cache
-from subquad.kernels.packing import Padded, advance, check_packed, mask_padding, positions
+from subquad.kernels.packing import Padded, advance, check_packed, host_counts, mask_padding, positions
 from subquad.kernels.state import Append, Count, KVCache, accumulator_dtype
 
 SCORES = 1 << 22  # scores that the absorbed form holds at a time
@@ -119,9 +119,8 @@ def _shorter(q, q_rope, c, k_rope, w_k, w_v, state, cu_seqlens):
     rows = Padded(q.shape[1], cu_seqlens)
     q, q_rope, c, k_rope = map(rows.split, (q, q_rope, c, k_rope))
     time, slots = q.shape[1], state.c.shape[1]
-    before, used = None, slots
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading counts costs nothing
-        before = state.count.tolist()
+    before, used = host_counts(state.count), slots
+    if before is not None:
         new = [time] * len(before) if rows.filled is None else rows.filled.sum(1).tolist()
         used = max((b + n for b, n in zip(before, new, strict=True)), default=0)
         if used > slots:

@@ -80,6 +80,13 @@ def positions(
     return (local if count is None else local + count[ids])[None]
 
 
+def host_counts(count: Int[Tensor, "N"] | None) -> list[int] | None:
+    """The counts where the host can read them at no cost, on a CPU, else None."""
+    if count is None or count.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return count.tolist()
+
+
 def advance(count: Int[Tensor, "N"], time: int, cu_seqlens: Int[Tensor, "M"] | None) -> Int[Tensor, "N"]:
     """The count after `time` new tokens a sequence, or after the packed lengths; in place under `no_grad`."""
     step = time if cu_seqlens is None else cu_seqlens.diff().to(count.dtype)

@@ -35,8 +35,8 @@ class Attention(SoftmaxLayer):
             keep their own rotary positions.
         sink_logits: learn one extra softmax column a head whose weight is dropped (gpt-oss).
         rope_theta: base of the rotary embedding, None for none. rope_fraction: the share of K that is rotated.
-        qk_norm: RMSNorm on every head of q and k. output_gate: o_proj's input times sigmoid(z_proj(x)) (Qiu et al. 2025,
-            arXiv:2505.06708). bias: on q, k, v. out_bias: on the output.
+        qk_norm: RMSNorm on every head of q and k. output_gate: o_proj's input times sigmoid(z_proj(x)) (Qiu et al.
+            2025, arXiv:2505.06708). bias: on q, k, v. out_bias: on the output.
     """
 
     card = Card(

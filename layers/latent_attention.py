@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.latent_attention import LatentCache, latent_attention
-from subquad.kernels.packing import mask_padding, positions
+from subquad.kernels.packing import mask_padding
 from subquad.layers.base import Card, Layer, check_divides, default_head_dim, residual_linear, state_dtype
 from subquad.layers.norms import RMSNorm
 from subquad.layers.rotary import pairs_to_halves, rotary_angles, rotate
@@ -83,8 +83,8 @@ class LatentAttention(Layer):
         q, q_rope = self.q_proj(from_x).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], -1)
         c, k_rope = self.kv_a_proj(x).split([self.rank, self.rope_dim], -1)
         if self.rope_theta is not None:
-            at = positions(x.shape[1], None if state is None else state.count, cu_seqlens, x.device)
-            cos, sin = rotary_angles(at, self.rope_dim, self.rope_theta, x.dtype)
+            count = None if state is None else state.count
+            cos, sin = rotary_angles(q, count, cu_seqlens, self.rope_dim, self.rope_theta)
             turning = torch.cat([q_rope, k_rope[:, :, None]], 2)
             turned = rotate(pairs_to_halves(turning) if self.rope_interleave else turning, cos, sin)
             q_rope, k_rope = turned[:, :, :-1], turned[:, :, -1]

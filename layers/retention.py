@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.linear_attention import linear_attention
-from subquad.kernels.packing import advance, mask_padding, positions
+from subquad.kernels.packing import advance, mask_padding
 from subquad.kernels.state import Count, Recurrent, accumulator_dtype
 from subquad.layers.base import (
     Card,
@@ -78,7 +78,7 @@ class Retention(Layer):
     ) -> tuple[Float[Tensor, "B T D"], RetentionState | None]:
         S, count = state if state is not None else (None, None)
         q, k, v = (p(x).unflatten(-1, (self.n_heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = rotary_angles(positions(x.shape[1], count, cu_seqlens, x.device), self.K, self.rope_theta, q.dtype)
+        cos, sin = rotary_angles(q, count, cu_seqlens, self.K, self.rope_theta)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin) * self.K**-0.5
         o, S = linear_attention(q, k, v, self.log_decay(q), state=S, cu_seqlens=cu_seqlens)
         y = mask_padding(self.o_proj(silu_gated(self.norm(o.flatten(-2)), self.z_proj(x))), cu_seqlens)

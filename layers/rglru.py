@@ -80,9 +80,10 @@ class RGLRU(Layer):
         z = F.gelu(self.z_proj(x), approximate="tanh")
         conv, h, count = state if state is not None else (None, None, None)
         u, conv = short_conv(self.x_proj(x), self.conv_weight, self.conv_bias, state=conv, cu_seqlens=cu_seqlens)
-        gates = torch.einsum("bthp,ghpq->gbthq", u.unflatten(-1, (self.n_heads, -1)), self.gate_weight.to(u.dtype))
+        blocks = u.flatten(0, 1).unflatten(-1, (self.n_heads, -1)).transpose(0, 1)  # [H, B T, P]
+        gates = (blocks @ self.gate_weight.to(u.dtype)).transpose(1, 2).reshape(2, *u.shape)
         wide = accumulator_dtype(u.dtype)
-        r, i = (gates.flatten(-2).to(wide) + self.gate_bias.to(wide)[:, None, None]).sigmoid()
+        r, i = (gates.to(wide) + self.gate_bias.to(wide)[:, None, None]).sigmoid()
         log_a = -DECAY_SCALE * F.softplus(self.decay.to(wide)) * r
         first = positions(x.shape[1], count, cu_seqlens, x.device)[..., None] == 0
         # The square root's slope is infinite at a = 1, which r reaches by rounding only.

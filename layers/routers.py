@@ -3,6 +3,7 @@
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ class Router(nn.Linear):
         """(logits, scores)"""
         with full_precision(x):
             wide = accumulator_dtype(x.dtype)
-            logits = x.to(wide) @ self.weight.to(wide).T
+            logits = F.linear(x.to(wide), self.weight.to(wide))
             return logits, logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
 
     def choose(self, scores: Float[Tensor, "M E"]) -> Choice:

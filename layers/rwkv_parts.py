@@ -53,11 +53,12 @@ class TokenShift(nn.Module):
         mu = 1 - channel ** (torch.tensor(powers)[:, None] * (1 - layer_idx / n_layers)) - lift
         self.mu = no_weight_decay(nn.Parameter(mu))
 
-    def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    def forward(
+        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """x [B, T, D], state [N, 1, D] -> (one [B, T, D] a stream, the new state or None)."""
         before, state = shift(x, state=state, cu_seqlens=cu_seqlens)
-        change = before - x
-        return [x + change * mu for mu in self.mu.to(x.dtype)], state
+        return torch.lerp(x, before, self.mu.to(x.dtype)[:, None, None]).unbind(), state
 
 
 class LowRank(nn.Module):

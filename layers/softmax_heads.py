@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad.errors import UserError
-from subquad.kernels.packing import mask_padding, positions
+from subquad.kernels.packing import mask_padding
 from subquad.layers.base import Layer, check_divides, default_head_dim, residual_linear
 from subquad.layers.rotary import rotary_angles, rotate
 
@@ -50,7 +50,8 @@ class SoftmaxLayer(Layer):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K] and k, v [B, T, G, K], normed where the layer has norms, without positions."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -58,9 +59,10 @@ class SoftmaxLayer(Layer):
     def place(self, q: Tensor, k: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """q and k turned to their positions, q divided by sqrt(K)."""
         if self.rope_theta is not None:
-            at = positions(q.shape[1], None if state is None else state.count, cu_seqlens, q.device)
-            cos, sin = rotary_angles(at, self.rotary_dim, self.rope_theta, q.dtype)
-            q, k = rotate(torch.cat([q, k], 2), cos, sin).split([self.n_heads, self.n_kv_heads], 2)
+            count = None if state is None else state.count
+            cos, sin = rotary_angles(q, count, cu_seqlens, self.rotary_dim, self.rope_theta)
+            turned = rotate(torch.cat([q, k], 2), cos, sin)
+            q, k = turned[:, :, : self.n_heads], turned[:, :, self.n_heads :]
         return q * self.head_dim**-0.5, k
 
     def heads(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
