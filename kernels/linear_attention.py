@@ -8,7 +8,7 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
-from subquad.kernels.chunked import CHUNK, Decay, Query, decayed_products, decayed_scores
+from subquad.kernels.chunked import Decay, Query, chunk_size, decayed_products, decayed_scores
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
 from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision
@@ -148,7 +148,7 @@ def _chunked(q, k, v, g, S, exclusive, u, cu_seqlens):
     vector = g is not None and g.dim() == 4
     if vector and G != H:
         q, k, G = q.repeat_interleave(H // G, 2), k.repeat_interleave(H // G, 2), H
-    chunks = Chunks(v, CHUNK, cu_seqlens)
+    chunks = Chunks(v, chunk_size(v.shape[1]), cu_seqlens)
     # [B, n, G, C, .] for q and k, [B, n, H, C, .] for v
     qc, kc, vc = (chunks.split(x).transpose(2, 3) for x in (q, k, v))
     if vector:
@@ -206,7 +206,7 @@ def _bidirectional(q, k, v, normalizer, cu_seqlens):
     if normalizer is not None:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     H, G = v.shape[2], q.shape[2]
-    chunks = Chunks(v, 64, cu_seqlens)
+    chunks = Chunks(v, chunk_size(v.shape[1]), cu_seqlens)
     qc, kc, vc = (chunks.split(x).transpose(2, 3) for x in (q, k, v))
     added = _ungroup(kc.transpose(-1, -2) @ _group(vc, G), H)
     if cu_seqlens is None:
