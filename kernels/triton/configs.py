@@ -48,6 +48,15 @@ SHIPPED: dict[str, Kernel] = {
         candidates={"BLOCK_V": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
         entries=(Entry(H200, {"K": 128, "V": 128}, {"BLOCK_V": 64, "num_warps": 4, "num_stages": 2}),),
     ),
+    # As "carry", with up to four row tensors and two matrices a chunk; `size` is the bytes of an element of x.
+    "affine": Kernel(
+        default={"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
+        candidates={"BLOCK_V": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+        entries=(
+            Entry(H200, {"K": 128, "V": 256, "size": 2}, {"BLOCK_V": 64, "num_warps": 4, "num_stages": 2}),
+            Entry(H200, {"K": 256, "V": 256, "size": 4}, {"BLOCK_V": 32, "num_warps": 8, "num_stages": 1}),
+        ),
+    ),
 }
 
 

@@ -1,0 +1,255 @@
+"""The sequential pass of the delta rules and of vector decays: chunks in turn, the state in registers.
+
+What happens inside a chunk is prepared chunk by chunk in parallel. What is left is affine in the state S [K, V]:
+
+    u = Y x + W S,    o = P x + Q S,    S <- whole * S + E^T x + F^T u
+
+with rows x [C, V], matrices P and Y [C, C], rows Q, W, E, F [C, K], and S as it was before the chunk. The forward
+passes of linear_attention, delta_rule and dplr_rule and the gradients of their states are this pass with other tensors.
+Yang et al. 2024, "Parallelizing linear transformers with the delta rule", for the chunks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad.kernels.triton.configs import config
+from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds, segments
+from subquad.kernels.triton.tiles import dot, load_tile, padded, precision, rows, store_tile
+
+
+@triton.jit
+def _load_matrix(base, row, inside, C: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """A chunk's [C, C], zero where either token is not inside."""
+    at = base + row[:, None] * C + row[None, :]
+    matrix = tl.load(at, mask=inside[:, None] & inside[None, :], other=0.0)
+    if TRANSPOSED:
+        matrix = tl.trans(matrix)
+    return matrix
+
+
+@triton.jit(do_not_specialize=["T", "segment", "per_sequence", "packed", "carried", "emit"])
+def affine_pass(
+    # rows [B, T, H, width], each with the strides of B, T, H
+    x, x_b, x_t, x_h,
+    q, q_b, q_t, q_h,
+    w, w_b, w_t, w_h,
+    e, e_b, e_t, e_h,
+    f, f_b, f_t, f_h,
+    # [chunks, H, C, C], and the decay over a chunk [chunks, H] or [chunks, H, K]
+    p, y, whole,
+    # contiguous: rows out, the states before each chunk [chunks, H, K, V]
+    o, u, states,
+    # states before and after each segment [n, H, K, V], the latter [n, H, K, V + K] if MATRIX; its whole decay
+    s_in, s_out, total,
+    table, T, segment, per_sequence, packed, carried, emit, H,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
+    VECTOR: tl.constexpr, MATRIX: tl.constexpr, REVERSE: tl.constexpr, P_TRANSPOSED: tl.constexpr,
+    Y_TRANSPOSED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """MATRIX: x has K more columns, of zeros, and S the identity in them, which becomes the segment's transition."""
+    WIDTH: tl.constexpr = V + K if MATRIX else V
+    N_BLOCKS: tl.constexpr = (WIDTH + BLOCK_V - 1) // BLOCK_V
+    program = tl.program_id(0)
+    block = program % N_BLOCKS
+    h = (program // N_BLOCKS) % H
+    n = program // (N_BLOCKS * H)
+    b, start, end, first_chunk = segment_bounds(table, n, T, segment, per_sequence, packed)
+    row = tl.arange(0, C)
+    key = tl.arange(0, BLOCK_K)
+    col = block * BLOCK_V + tl.arange(0, BLOCK_V)
+
+    state_at = (n * H + h).to(tl.int64) * K
+    # `carried` and `emit` are 0 or 1, not constants: no state or one makes no other kernel.
+    S = load_tile(s_in + state_at * V, V, key, col, key < K * carried, V)
+    if MATRIX:
+        S += tl.where(key[:, None] == (col - V)[None, :], 1.0, 0.0)
+    if total is not None:
+        decayed = tl.full([BLOCK_K], 1.0, tl.float32) if VECTOR else 1.0
+
+    n_chunks = (end - start + C - 1) // C
+    for i in range(n_chunks):
+        c = n_chunks - 1 - i if REVERSE else i
+        first = start + c * C
+        inside = row < end - first
+        at = first.to(tl.int64)
+        line = (b * T + at) * H + h  # of a contiguous [B, T, H]
+        chunk = ((first_chunk + c) * H + h).to(tl.int64)  # of a contiguous [chunks, H]
+
+        if states is not None:
+            store_tile(states + chunk * (K * V), V, key, col, key < K, S, V)
+        values = load_tile(x + b * x_b + at * x_t + h * x_h, x_t, row, col, inside, V)
+        before = S.to(DOT)
+        if w is not None:
+            readers = load_tile(w + b * w_b + at * w_t + h * w_h, w_t, row, key, inside, K)
+            wide = _load_matrix(y + chunk * (C * C), row, inside, C, Y_TRANSPOSED)
+            found = dot(readers, before, DOT, PRECISION) + dot(wide, values, DOT, PRECISION)
+            if u is not None:
+                store_tile(u + line * V, H * V, row, col, inside, found, V)
+        if o is not None:
+            readers = load_tile(q + b * q_b + at * q_t + h * q_h, q_t, row, key, inside, K)
+            wide = _load_matrix(p + chunk * (C * C), row, inside, C, P_TRANSPOSED)
+            out = dot(readers, before, DOT, PRECISION) + dot(wide, values, DOT, PRECISION)
+            store_tile(o + line * V, H * V, row, col, inside, out, V)
+
+        if whole is not None:
+            if VECTOR:
+                kept = tl.load(whole + chunk * K + key, mask=key < K, other=0.0)
+                S *= kept[:, None]
+            else:
+                kept = tl.load(whole + chunk)
+                S *= kept
+            if total is not None:
+                decayed *= kept
+        if e is not None:
+            writers = load_tile(e + b * e_b + at * e_t + h * e_h, e_t, row, key, inside, K)
+            S += dot(tl.trans(writers), values, DOT, PRECISION)
+        if w is not None:
+            writers = load_tile(f + b * f_b + at * f_t + h * f_h, f_t, row, key, inside, K)
+            S += dot(tl.trans(writers), found, DOT, PRECISION)
+
+    store_tile(s_out + state_at * WIDTH, WIDTH, key, col, key < K * emit, S, WIDTH)
+    if total is not None:
+        if VECTOR:
+            tl.store(total + state_at + key, decayed, mask=key < K * (block == 0).to(tl.int32))
+        else:
+            tl.store(total + n * H + h, decayed, mask=block == 0)
+
+
+@triton.jit(do_not_specialize=["per_sequence", "packed", "carried", "emit"])
+def _through_segments(
+    moves, total, initial, starts, last, first, per_sequence, packed, carried, emit, H,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PART: tl.constexpr,
+    VECTOR: tl.constexpr, MATRIX: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """S before each segment and after the last, from what each adds and its transition: a matrix, a decay, neither."""
+    WIDTH: tl.constexpr = V + K if MATRIX else V
+    block = tl.program_id(0)
+    n = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    key = tl.arange(0, BLOCK_K)
+    part = tl.arange(0, PART)
+    col = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    whole_state = (n * H + h).to(tl.int64) * (K * V)
+    S = load_tile(initial + whole_state, V, key, col, key < K * carried, V)
+    if packed:
+        begin = tl.load(first + n)
+        stop = tl.load(first + n + 1)
+    else:
+        begin = n * per_sequence
+        stop = begin + per_sequence
+    for i in range(stop - begin):
+        s = stop - 1 - i if REVERSE else begin + i
+        here = (s * H + h).to(tl.int64)
+        start = starts + here * (K * V)
+        move = moves + here * (K * WIDTH)
+        store_tile(start, V, key, col, key < K, S, V)
+        if MATRIX:
+            # The rows of S that a part of the matrix meets are read back from `starts`: registers cannot be sliced.
+            tl.debug_barrier()
+            S = load_tile(move, WIDTH, key, col, key < K, V)
+            for k in range(0, K, PART):
+                at = k + part
+                matrix = tl.load(
+                    move + key[:, None] * WIDTH + (V + at)[None, :],
+                    mask=(key < K)[:, None] & (at < K)[None, :],
+                    other=0.0,
+                )
+                old = load_tile(start, V, at, col, at < K, V)
+                S += tl.dot(matrix, old, input_precision=PRECISION)
+        else:
+            if total is not None:
+                if VECTOR:
+                    S *= tl.load(total + here * K + key, mask=key < K, other=0.0)[:, None]
+                else:
+                    S *= tl.load(total + here)
+            S += load_tile(move, V, key, col, key < K, V)
+    store_tile(last + whole_state, V, key, col, key < K * emit, S, V)
+
+
+class Affine:
+    """The tensors of one pass in their roles. `states` finds what each segment starts from, `run` writes the rows out.
+
+    x [B, T, H, V] and rows Q, W, E, F [B, T, H, K] of any strides; P, Y [chunks, H, C, C] contiguous, read transposed
+    if so said; `whole`: None, [chunks, H] or [chunks, H, K], float32. Chunks are numbered as `segments.cut` numbers
+    them. P and Q are given together, and so are Y, W and F. `reverse` goes from the last chunk to the first, and
+    "before" is then after.
+    """
+
+    def __init__(
+        self, x: Tensor, *, Q: Tensor | None = None, P: Tensor | None = None, Y: Tensor | None = None,
+        W: Tensor | None = None, E: Tensor | None = None, F: Tensor | None = None, whole: Tensor | None = None,
+        cu_seqlens: Tensor | None = None, reverse: bool = False, P_transposed: bool = False,
+        Y_transposed: bool = False,
+    ):  # fmt: skip
+        self.x, self.P, self.Y, self.whole = rows(x), P, Y, whole
+        self.B, self.T, self.H, self.V = x.shape
+        self.Q, self.W, self.E, self.F = (None if t is None else rows(t) for t in (Q, W, E, F))
+        self.K = next(t.shape[3] for t in (E, F) if t is not None)
+        self.config = config("affine", device=x.device, K=self.K, V=self.V, size=x.element_size())
+        self.config["BLOCK_V"] = min(self.config["BLOCK_V"], padded(self.V))
+        programs = self.B * self.H * triton.cdiv(self.V, self.config["BLOCK_V"])
+        self.cut: Segments = segments(x, cu_seqlens, programs)
+        self.n_chunks = self.B * max(triton.cdiv(self.T, CHUNK), 1)
+        if cu_seqlens is not None:
+            self.n_chunks = self.T // CHUNK + self.cut.n_seqs
+        self.options = {
+            "K": self.K, "V": self.V, "BLOCK_K": padded(self.K), "C": CHUNK, "REVERSE": reverse,
+            "VECTOR": whole is not None and whole.dim() == 3, "P_TRANSPOSED": P_transposed,
+            "Y_TRANSPOSED": Y_transposed, **precision(x), **self.config,
+        }  # fmt: skip
+
+    def new_states(self) -> Tensor:
+        """Room for the states before each chunk: in x's type if that is bfloat16, else float32."""
+        dtype = torch.bfloat16 if self.x.dtype == torch.bfloat16 else torch.float32
+        return torch.empty(self.n_chunks, self.H, self.K, self.V, dtype=dtype, device=self.x.device)
+
+    def states(self, S: Tensor | None, last: Tensor | None = None) -> Tensor | None:
+        """What each segment starts from, given what the first (reversed: last) does; the final state goes to `last`."""
+        if self.cut.whole:
+            return S
+        n, H, K, V = self.cut.count, self.H, self.K, self.V
+        matrix = self.W is not None
+        moves = self._float(n, H, K, V + K if matrix else V)
+        total = None if matrix or self.whole is None else self._float(n, *self.whole.shape[1:])
+        self._launch(None, None, None, None, moves, total, matrix)
+        starts = self._float(n, H, K, V)
+        if starts.numel():
+            some = starts[:0]
+            exact = "ieee" if self.options["PRECISION"] == "ieee" else "tf32x3"
+            block = min(32, padded(V))
+            _through_segments[(triton.cdiv(V, block), self.cut.n_seqs * H)](
+                moves, total, some if S is None else S, starts, some if last is None else last, self.cut.first,
+                self.cut.per_sequence, int(self.cut.packed), int(S is not None), int(last is not None), H,
+                K=K, V=V, BLOCK_K=padded(K), BLOCK_V=block, PART=min(32, padded(K)), VECTOR=self.options["VECTOR"],
+                MATRIX=matrix, REVERSE=self.options["REVERSE"], PRECISION=exact, num_warps=4,
+            )  # fmt: skip
+        return starts
+
+    def run(
+        self, before: Tensor | None, out: Tensor | None = None, *, u: Tensor | None = None,
+        states: Tensor | None = None, last: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Write the rows o and u, and the states before each chunk, as asked; the final state, unless `states` has."""
+        self._launch(before, out, u, states, last if self.cut.whole else None, None, False)
+
+    def _launch(self, before, out, u, states, last, total, matrix: bool) -> None:
+        programs = self.cut.count * self.H * triton.cdiv(self.V + matrix * self.K, self.config["BLOCK_V"])
+        if not programs:
+            return
+        some = self.x.new_empty(0, dtype=torch.float32)  # stands for a pointer that is never followed
+        Q, P = (None, None) if out is None else (self.Q, self.P)
+        affine_pass[(programs,)](
+            *_row(self.x), *_row(Q), *_row(self.W), *_row(self.E), *_row(self.F), P, self.Y, self.whole,
+            out, u, states, some if before is None else before, some if last is None else last, total,
+            self.cut.table, self.T, self.cut.size, self.cut.per_sequence, int(self.cut.packed),
+            int(before is not None), int(last is not None), self.H, MATRIX=matrix, **self.options,
+        )  # fmt: skip
+
+    def _float(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
+
+
+def _row(x: Tensor | None):
+    return (None, 0, 0, 0) if x is None else (x, *x.stride()[:3])
