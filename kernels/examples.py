@@ -216,7 +216,10 @@ def _grouped_mlp(r: Draw) -> Iterator[Case]:
     M = r.B * r.T
     expert = r.uniform(M, E).argsort(-1)[:, :k].clamp(max=E - 2)  # nobody chooses the last, some choose one twice
     inputs = {"x": r.normal(M, D), "expert": expert, "weight": r.uniform(M, k)}
-    yield "plain", {**inputs, "gate_up": r.normal(E, 2 * F, D), "down": r.normal(E, D, F)}, {}, None
+    inputs |= {"gate_up": r.normal(E, 2 * F, D), "down": r.normal(E, D, F)}
+    yield "plain", inputs, {}, None
+    biases = {"gate_up_bias": r.normal(E, 2 * F), "down_bias": r.normal(E, D)}
+    yield "biases, clamped gate", inputs | biases, {"gate": "clamped"}, None
 
 
 def _latent_attention(r: Draw) -> Iterator[Case]:

@@ -44,6 +44,7 @@ class Mamba2(Layer):
         d_state: N. expand: D' / D. head_dim: width of a head, 64 where it divides D'. n_groups: G, groups of heads that
         share B and C. d_conv: W, width of the convolution. A_range, dt_min, dt_max: ranges of the initial decay rates
         and step sizes. dt_limit: clamp of the step size. bias: on in_proj and out_proj; conv_bias: on the convolution.
+        norm: False leaves it out (most of Falcon-H1).
     """
 
     card = Card(
@@ -63,6 +64,7 @@ class Mamba2(Layer):
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         dt_limit: tuple[float, float] = (0.0, float("inf")),
+        norm: bool = True,
         norm_eps: float = 1e-5,
         bias: bool = False,
         conv_bias: bool = True,
@@ -80,7 +82,7 @@ class Mamba2(Layer):
         self.A_log = no_weight_decay(nn.Parameter(torch.empty(self.n_heads).uniform_(*A_range).log()))
         self.dt_bias = no_weight_decay(nn.Parameter(dt_bias(self.n_heads, dt_min, dt_max)))
         self.skip = no_weight_decay(nn.Parameter(torch.ones(self.n_heads)))
-        self.norm = RMSNorm(inner, n_groups, eps=norm_eps)
+        self.norm = RMSNorm(inner, n_groups, eps=norm_eps) if norm else nn.Identity()
         self.out_proj = residual_linear(inner, d_model, bias=bias)
 
     def forward(

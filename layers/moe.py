@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from subquad.errors import UserError
-from subquad.kernels.grouped_mlp import grouped_mlp
+from subquad.kernels.grouped_mlp import GateName, grouped_mlp
 from subquad.kernels.packing import mask_padding
 from subquad.layers.base import Card, available_if
 from subquad.layers.mlp import FeedForward, SwiGLU, hidden_width
@@ -24,6 +24,7 @@ class MoE(FeedForward):
 
     Arguments
         n_experts, top_k. expand or d_ff: width F of one expert.
+        gate: "silu", or gpt-oss's "clamped" (grouped_mlp says how). bias: on the router and the experts.
         score: "softmax" or "sigmoid" of the router's logits. renormalize: the top_k weights sum to one (Mixtral); with
             "softmax" that is gpt-oss's softmax over the top_k logits too. scale: factor on the weights after that.
         n_groups, top_groups, group_score: each token takes its experts from the top_groups best of n_groups groups; a
@@ -59,6 +60,8 @@ class MoE(FeedForward):
         top_k: int = 2,
         expand: float = 8 / 3,
         d_ff: int | None = None,
+        gate: GateName = "silu",
+        bias: bool = False,
         score: Literal["softmax", "sigmoid"] = "softmax",
         renormalize: bool | None = None,
         scale: float = 1.0,
@@ -83,6 +86,8 @@ class MoE(FeedForward):
             raise UserError(f"MoE: capacity_factor {capacity_factor} is for routing expert_choice; top_k counts here")
         if capacity_factor is not None and not 0 < capacity_factor <= n_experts:
             raise UserError(f"MoE: capacity_factor is {capacity_factor}; it must lie in (0, n_experts {n_experts}]")
+        if gate != "silu" and n_shared:
+            raise UserError(f'MoE: shared experts have the gate "silu"; n_shared is {n_shared} and gate "{gate}"')
         if shared_gate and not n_shared:
             raise UserError("MoE: shared_gate needs shared experts; n_shared is 0")
         self.capacity_factor = capacity_factor or float(top_k)
@@ -100,9 +105,10 @@ class MoE(FeedForward):
             group_score=group_score,
             balance_rate=balance_rate,
             layer_idx=layer_idx,
+            bias=bias,
         )
-        self.experts = Experts(n_experts, d_model, d_ff)
-        self.shared_experts = SwiGLU(d_model, d_ff=n_shared * d_ff) if n_shared else None
+        self.experts = Experts(n_experts, d_model, d_ff, gate, bias)
+        self.shared_experts = SwiGLU(d_model, d_ff=n_shared * d_ff, bias=bias) if n_shared else None
         self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared_gate else None
 
     def forward(
@@ -112,18 +118,16 @@ class MoE(FeedForward):
         cu_seqlens: Int[Tensor, "M"] | None = None,
         shared: dict[str, Any] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Any]:
-        tokens, experts = x.flatten(0, 1), self.experts
+        tokens = x.flatten(0, 1)
         logits, scores = self.router(tokens)
         if self.causal:
             choice = self.router.choose(scores)
-            y = grouped_mlp(tokens, choice.expert, choice.weight, experts.gate_up, experts.down)
+            y = self.experts(tokens, choice.expert, choice.weight)
         else:
             if state is not None:
                 raise UserError("MoE: expert_choice reads the whole sequence at once and cannot go on from a state")
             choice = choose_tokens(scores, self.capacity_factor, x.shape[1], cu_seqlens)
-            served = grouped_mlp(
-                tokens[choice.token], choice.expert, self.scale * choice.weight, experts.gate_up, experts.down
-            )
+            served = self.experts(tokens[choice.token], choice.expert, self.scale * choice.weight)
             y = torch.zeros_like(tokens).index_add(0, choice.token, served.to(tokens.dtype))
         y = y.view_as(x)
         if shared is not None and self.training:
@@ -141,13 +145,20 @@ class MoE(FeedForward):
 
 
 class Experts(nn.Module):
-    """The experts' weights, stacked: gate_up [E, 2 F, D] (gate first) and down [E, D, F]."""
+    """The experts' weights, stacked: gate_up [E, 2 F, D] (gate first) and down [E, D, F], with biases or without."""
 
-    def __init__(self, n_experts: int, d_model: int, d_ff: int):
+    def __init__(self, n_experts: int, d_model: int, d_ff: int, gate: GateName, bias: bool):
         super().__init__()
+        self.gate: GateName = gate
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * d_ff, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model, d_ff))
+        self.gate_up_bias = nn.Parameter(torch.zeros(n_experts, 2 * d_ff)) if bias else None
+        self.down_bias = nn.Parameter(torch.zeros(n_experts, d_model)) if bias else None
         self.init_weights((2 / (5 * d_model)) ** 0.5, 1.0)
+
+    def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+        return grouped_mlp(x, expert, weight, self.gate_up, self.down, **biases, gate=self.gate)
 
     def init_weights(self, std: float, depth_scale: float) -> None:
         """Normal weights; those into the residual stream are scaled with the model's depth."""

@@ -48,8 +48,9 @@ class Router(nn.Linear):
         group_score: Literal["max", "top2"] = "top2",
         balance_rate: float = 0.0,
         layer_idx: int = 0,
+        bias: bool = False,
     ):
-        super().__init__(d_model, n_experts, bias=False)
+        super().__init__(d_model, n_experts, bias=bias)
         if not 1 <= top_k <= n_experts:
             raise UserError(f"MoE: top_k is {top_k}; it must lie between 1 and n_experts {n_experts}")
         if n_groups < 1 or n_experts % n_groups:
@@ -71,7 +72,8 @@ class Router(nn.Linear):
         """(logits, scores)"""
         with full_precision(x):
             wide = accumulator_dtype(x.dtype)
-            logits = F.linear(x.to(wide), self.weight.to(wide))
+            bias = None if self.bias is None else self.bias.to(wide)
+            logits = F.linear(x.to(wide), self.weight.to(wide), bias)
             return logits, logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
 
     def choose(self, scores: Float[Tensor, "M E"]) -> Choice:

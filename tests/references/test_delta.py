@@ -11,16 +11,15 @@ from fla.ops.gated_delta_product.naive import naive_recurrent_gated_delta_produc
 from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
 from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
 from fla.ops.kda.naive import naive_recurrent_kda
-from torch import nn
+from matching import TOLERANCE, check, randomized
 
 from subquad.compare.cpu import torch_only
 from subquad.kernels.delta_rule import delta_rule
 from subquad.kernels.dplr_rule import dplr_rule
 from subquad.kernels.examples import relative_error
-from subquad.layers import KimiDeltaAttention
+from subquad.layers import GatedDeltaNet, KimiDeltaAttention
 from subquad.models.lm import LM
 
-TOLERANCE = 1e-5  # float32
 B, T, H, K, V = 2, 130, 3, 16, 20
 
 
@@ -34,17 +33,7 @@ def unit(*shape):
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-def randomized(module: nn.Module) -> nn.Module:
-    """No weight at its initial value; matrices keep a signal's size."""
-    for name, p in module.named_parameters():
-        if p.dim() == 1 or "A_log" in name:
-            p.copy_(p.nan_to_num().clamp(-3, 3) + 0.3 * torch.randn_like(p))
-        else:
-            p.normal_(std=p.shape[-1] ** -0.5)
-    return module
-
-
-def check(ours, theirs):
+def check_each(ours, theirs):
     for got, want in zip(ours, theirs, strict=True):
         assert relative_error(got, want) < TOLERANCE
 
@@ -53,21 +42,21 @@ def test_delta_rule():
     q, k, v, beta, S = torch.randn(B, T, H, K), unit(B, T, H, K), torch.randn(B, T, H, V), torch.rand(B, T, H), None
     S = torch.randn(B, H, K, V)
     o, last = delta_rule_recurrence(*(x.transpose(1, 2) for x in (q * K**0.5, k, v, beta)), initial_state=S)
-    check(delta_rule(q, k, v, beta, state=S.clone()), (o.transpose(1, 2), last))
+    check_each(delta_rule(q, k, v, beta, state=S.clone()), (o.transpose(1, 2), last))
 
 
 def test_gated_delta_rule():
     q, k, v, beta = torch.randn(B, T, H, K), unit(B, T, H, K), torch.randn(B, T, H, V), 1.9 * torch.rand(B, T, H)
     g, S = -3 * torch.rand(B, T, H), torch.randn(B, H, K, V)
     theirs = naive_recurrent_gated_delta_rule(q, k, v, beta, g, 1.0, S, True)
-    check(delta_rule(q, k, v, beta, g, state=S.clone()), theirs)
+    check_each(delta_rule(q, k, v, beta, g, state=S.clone()), theirs)
 
 
 def test_kimi_delta_rule_with_shared_keys():
     q, k, v, beta = torch.randn(B, T, 1, K), unit(B, T, 1, K), torch.randn(B, T, H, V), torch.rand(B, T, H)
     g, S = -3 * torch.rand(B, T, H, K), torch.randn(B, H, K, V)
     theirs = naive_recurrent_kda(q, k, v, g, beta, 1.0, S, True)
-    check(delta_rule(q, k, v, beta, g, state=S.clone()), theirs)
+    check_each(delta_rule(q, k, v, beta, g, state=S.clone()), theirs)
 
 
 @pytest.mark.parametrize("R", [2, 3])
@@ -76,14 +65,14 @@ def test_gated_delta_product(R):
     beta, g, S = 1.9 * torch.rand(B, T, R, H), -3 * torch.rand(B, T, H), torch.randn(B, H, K, V)
     flat = (x.flatten(1, 2) for x in (k, v))
     theirs = naive_recurrent_gated_delta_product(q, *flat, g, beta.flatten(1, 2), 1.0, None, S, True, R)
-    check(delta_rule(q, k, v, beta, g, state=S.clone()), theirs)
+    check_each(delta_rule(q, k, v, beta, g, state=S.clone()), theirs)
 
 
 def test_dplr_rule():
     q, k, v, a = torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V), unit(B, T, H, K)
     b, g, S = -a * torch.rand(B, T, H, K), -0.6 * torch.rand(B, T, H, K), torch.randn(B, H, K, V)
     o, last = dplr_recurrence(*(x.transpose(1, 2) for x in (q * K**0.5, k, v, a, b, g)), initial_state=S)
-    check(dplr_rule(q, k, v, a, b, g, state=S.clone()), (o.transpose(1, 2), last))
+    check_each(dplr_rule(q, k, v, a, b, g, state=S.clone()), (o.transpose(1, 2), last))
 
 
 def test_kimi_linear():
@@ -111,14 +100,38 @@ def test_kimi_linear():
         }
     )
     x = torch.randn(2, T, 48)
-    want = theirs(x)
-    assert relative_error(ours(x)[0], want) < TOLERANCE
-    y, state = ours(x[:, :70], ours.init_state(2, T))
-    outs = [y]
-    for t in range(70, T):
-        y, state = ours(x[:, t : t + 1], state)
-        outs.append(y)
-    assert relative_error(torch.cat(outs, 1), want) < TOLERANCE
+    check(ours, x, theirs(x))
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_olmo_hybrid(negative):
+    """Its gated delta layer, which doubles beta by default."""
+    from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
+
+    config = transformers.OlmoHybridConfig(
+        hidden_size=48,
+        num_hidden_layers=2,
+        linear_num_key_heads=3,
+        linear_num_value_heads=3,
+        linear_key_head_dim=16,
+        linear_value_head_dim=24,
+        linear_allow_neg_eigval=negative,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    theirs = randomized(OlmoHybridGatedDeltaNet(config, 0))
+    ours = GatedDeltaNet(48, n_heads=3, head_dim=16, expand_v=1.5, negative_eigenvalues=negative, norm_eps=1e-5)
+    w = theirs.state_dict()
+    ours.load_state_dict(
+        {
+            "qkv_proj.weight": torch.cat([w[f"{x}_proj.weight"] for x in "qkv"]),
+            "conv_weight": w["conv1d.weight"].squeeze(1),
+            "z_proj.weight": w["g_proj.weight"],
+            "norm.weight": w["o_norm.weight"],
+            **{name: w[name] for name in ("A_log", "dt_bias", "a_proj.weight", "b_proj.weight", "o_proj.weight")},
+        }
+    )
+    x = torch.randn(2, T, 48)
+    check(ours, x, theirs(x))
 
 
 def rwkv7(layer, x, first_value):

@@ -10,7 +10,7 @@ from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
 from fla.ops.retention.naive import naive_retention
 from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
 from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
-from torch import nn
+from matching import TIME, TOLERANCE, check, randomized
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 from transformers.models.xlstm.modeling_xlstm import xLSTMLayer
 
@@ -27,8 +27,7 @@ from subquad.layers import (
     Retention,
 )
 
-TOLERANCE = 1e-5  # float32
-D, H, TIME, PREFILL = 48, 4, 130, 70  # across two chunks of 64, and a prefill that ends within one
+D, H = 48, 4
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -39,25 +38,8 @@ def without_gradients():
         yield
 
 
-def randomized(module: nn.Module) -> nn.Module:
-    """No weight at its initial value, every signal of about its size."""
-    for p in module.parameters():
-        p.add_(0.3 * torch.randn_like(p)) if p.dim() == 1 else p.normal_(std=p.shape[-1] ** -0.5)
-    return module.eval()
-
-
 def heads(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(-1, (H, -1))
-
-
-def check(ours: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> None:
-    """One call, and a prefill followed by single tokens."""
-    assert relative_error(ours(x)[0], expected) < TOLERANCE
-    state, outs = ours.init_state(x.shape[0], TIME), []
-    for piece in [x[:, :PREFILL], *x[:, PREFILL:].split(1, 1)]:
-        out, state = ours(piece, state)
-        outs.append(out)
-    assert relative_error(torch.cat(outs, 1), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("layer_idx", [0, 1, 2])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from matching import TOLERANCE, check, randomized
 from torch import nn
 
 from subquad.compare.cpu import torch_only
@@ -10,8 +11,8 @@ from subquad.errors import UserError
 from subquad.kernels.examples import relative_error
 from subquad.kernels.latent_attention import absorbs
 from subquad.layers import LatentAttention, LinformerAttention, MoE, NystromAttention
+from subquad.layers.rotary import pairs_to_halves
 
-TOLERANCE = 1e-5  # float32
 D, TIME = 48, 90
 SIZES = {"hidden_size": D, "num_attention_heads": 6, "moe_intermediate_size": 40, "hidden_act": "silu"}
 
@@ -21,13 +22,6 @@ def plain_transformers():
     """No kernel package that happens to be installed stands between its torch code and the comparison."""
     with torch_only():
         yield
-
-
-@torch.no_grad()
-def randomized(module: nn.Module) -> nn.Module:
-    for p in module.parameters():
-        p.normal_(std=p.shape[-1] ** -0.5) if p.dim() > 1 else p.add_(0.3 * torch.randn_like(p))
-    return module.eval()
 
 
 MOE = {
@@ -122,21 +116,30 @@ def test_groups_by_their_best_expert():
     check_moe(ours, theirs)
 
 
-@torch.no_grad()
-def test_softmax_over_the_top_k():
-    """gpt-oss takes the softmax of the top k logits, which is the renormalised softmax."""
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+def test_gpt_oss():
+    """Softmax over the top k logits, biases, and its clamped gate: inputs of this size reach both limits."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-    theirs = GptOssTopKRouter(transformers.GptOssConfig(hidden_size=D, num_local_experts=8, num_experts_per_tok=3))
-    theirs.weight.normal_(std=0.2)
-    theirs.bias.zero_()
-    ours = MoE(D, n_experts=8, top_k=3)
-    ours.router.weight.copy_(theirs.weight)
-    x = torch.randn(TIME, D)
-    _, weight, expert = theirs(x)
-    choice = ours.router.choose(ours.router(x)[1])
-    assert torch.equal(choice.expert, expert)
-    assert relative_error(choice.weight, weight) < TOLERANCE
+    config = transformers.GptOssConfig(
+        hidden_size=D, intermediate_size=40, num_local_experts=8, num_experts_per_tok=3, swiglu_limit=7.0
+    )
+    theirs = randomized(GptOssMLP(config))
+    w = theirs.state_dict()
+    ours = MoE(D, n_experts=8, top_k=3, d_ff=40, gate="clamped", bias=True)
+    halves = pairs_to_halves  # theirs interleaves gate and up
+    ours.load_state_dict(
+        {
+            "router.weight": w["router.weight"],
+            "router.bias": w["router.bias"],
+            "experts.gate_up": halves(w["experts.gate_up_proj"]).mT,
+            "experts.gate_up_bias": halves(w["experts.gate_up_proj_bias"]),
+            "experts.down": w["experts.down_proj"].mT,
+            "experts.down_bias": w["experts.down_proj_bias"],
+        }
+    )
+    x = 6 * torch.randn(2, TIME, D)
+    with torch.no_grad():
+        check(ours, x, theirs(x)[0])
 
 
 MLA = {
@@ -190,12 +193,7 @@ def test_latent_attention(q_rank, kv_rank):
     future = torch.ones(TIME, TIME, dtype=torch.bool).triu(1)
     mask = torch.zeros(TIME, TIME).masked_fill(future, -torch.inf)[None, None]
     expected = theirs(x, position_embeddings=angles, attention_mask=mask)[0]
-    assert relative_error(ours(x)[0], expected) < TOLERANCE
-    outs, state = [], ours.init_state(2, TIME)
-    for piece in [x[:, :50], *x[:, 50:].split(1, 1)]:
-        y, state = ours(piece, state)
-        outs.append(y)
-    assert relative_error(torch.cat(outs, 1), expected) < TOLERANCE
+    check(ours, x, expected)
 
 
 def test_few_tokens_absorb_and_many_expand():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from fla.ops.hgrn.naive import naive_recurrent_hgrn
+from matching import TIME, TOLERANCE, check, randomized
 from torch import nn
 from transformers.models.bamba.modeling_bamba import BambaMixer
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
@@ -23,8 +24,7 @@ from subquad.kernels.examples import relative_error
 from subquad.layers import HGRN, RGLRU, RWKV4, S4, S4D, S5, Mamba, Mamba2, MinGRU
 from subquad.layers.state_space import hippo_legs, hippo_normal
 
-TOLERANCE = 1e-5  # float32
-D, TIME, PREFILL = 48, 130, 70
+D = 48
 
 MAMBA = {r"conv1d\.": "conv_", r"^D$": "skip", r"^b_layernorm": "B_norm", r"^c_layernorm": "C_norm"}
 MAMBA |= {r"^dt_layernorm": "dt_norm"}
@@ -38,14 +38,6 @@ def plain_transformers():
         yield
 
 
-def randomized(module: nn.Module) -> nn.Module:
-    for name, p in module.named_parameters():
-        p.normal_(std=p.shape[-1] ** -0.5) if p.dim() > 1 and name != "A_log" else p.normal_(std=0.4)
-        if name == "A_log":
-            p.add_(0.5)
-    return module.eval()
-
-
 def weights(theirs: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]:
     """Their weights under our names; those that we have none for are left out by an empty name."""
     found = {}
@@ -55,16 +47,6 @@ def weights(theirs: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]
         found[name] = value.squeeze(1) if name == "conv_weight" else value
     found.pop("", None)
     return found
-
-
-def check(ours: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> None:
-    """One call, and a prefill followed by single tokens."""
-    assert relative_error(ours(x)[0], expected) < TOLERANCE
-    state, outs = ours.init_state(x.shape[0], TIME), []
-    for piece in [x[:, :PREFILL], *x[:, PREFILL:].split(1, 1)]:
-        y, state = ours(piece, state)
-        outs.append(y)
-    assert relative_error(torch.cat(outs, 1), expected) < TOLERANCE
 
 
 def test_falcon_mamba():

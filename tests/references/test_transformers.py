@@ -9,15 +9,13 @@ import re
 import pytest
 import torch
 import transformers
+from matching import TIME, check, randomized
 from torch import nn
 
 from subquad.compare.cpu import torch_only
-from subquad.kernels.examples import relative_error
 from subquad.layers import Attention, GatedDeltaNet, MoE
 from subquad.models.lm import LM
 
-TOLERANCE = 1e-5  # float32
-TIME, PREFILL = 130, 70  # across two chunks of 64, and a prefill that ends within one
 SIZES = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "pad_token_id": None}
 
 # Patterns in transformers' parameter names and what stands there in ours.
@@ -57,19 +55,6 @@ def plain_transformers():
         yield
 
 
-def randomized(module: nn.Module) -> nn.Module:
-    """No weight at its initial value: norms, biases, A_log, dt_bias and D are moved, matrices keep a signal's size."""
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if name == "sinks":
-                p.normal_()
-            elif p.dim() == 1 or name.endswith("A_log"):
-                p.add_(0.3 * torch.randn_like(p))
-            else:
-                p.normal_(std=1.0 if "embed" in name else p.shape[-1] ** -0.5)
-    return module.eval()
-
-
 def mapped(theirs: nn.Module, names: dict[str, str], convert=lambda weights: weights) -> dict[str, torch.Tensor]:
     """transformers' weights under our names."""
     weights = {}
@@ -80,23 +65,10 @@ def mapped(theirs: nn.Module, names: dict[str, str], convert=lambda weights: wei
     return weights
 
 
-@torch.no_grad()
-def check(ours: nn.Module, inputs: torch.Tensor, expected: torch.Tensor) -> None:
-    """One call, and a prefill followed by single tokens."""
-    assert relative_error(ours(inputs)[0], expected) < TOLERANCE
-    state = ours.init_state(inputs.shape[0], TIME)
-    pieces = [inputs[:, :PREFILL], *inputs[:, PREFILL:].split(1, 1)]
-    outs = []
-    for piece in pieces:
-        out, state = ours(piece, state)
-        outs.append(out)
-    assert relative_error(torch.cat(outs, 1), expected) < TOLERANCE
-
-
-def check_model(config, block: dict, names: dict[str, str], convert=lambda weights: weights, **fields) -> None:
-    """Logits of a whole model; `block` is ours, repeated for every layer."""
+def check_model(config, block: dict | list, names: dict[str, str], convert=lambda weights: weights, **fields) -> None:
+    """Logits of a whole model; `block` is ours, repeated for every layer, or a list of all."""
     theirs = randomized(transformers.AutoModelForCausalLM.from_config(config))
-    stage = {"repeat": config.num_hidden_layers, "pattern": [block]}
+    stage = {"pattern": block if isinstance(block, list) else [block] * config.num_hidden_layers}
     ours = LM.from_config(
         {
             "d_model": config.hidden_size,
@@ -305,3 +277,104 @@ def test_partial_rotary_embedding():
     with torch.no_grad():
         angles = PhiRotaryEmbedding(config)(x, torch.arange(TIME)[None])
         check(ours, x, theirs(x, position_embeddings=angles, attention_mask=causal_mask(None))[0])
+
+
+def test_lfm2():
+    """Gated short convolutions and attention with normed queries and keys; its final norm stands under another name."""
+    kinds = ["conv", "full_attention", "conv"]
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = transformers.Lfm2Config(
+        **SIZES | {"num_hidden_layers": 3},
+        **{name: HEADS[name] for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")},
+        block_auto_adjust_ff_dim=False,
+        conv_L_cache=4,
+        layer_types=kinds,
+        rope_parameters=rope,
+    )
+    attention = {"name": "Attention", "n_heads": 6, "n_kv_heads": 2, "qk_norm": True, "norm_eps": config.norm_eps}
+    mixers = {"conv": {"name": "GatedShortConv", "d_conv": 4}, "full_attention": attention}
+    names = {
+        r"^model\.embedding_norm": "norm",
+        r"operator_norm": "mixer_norm",
+        r"\.conv\.conv\.": ".mixer.conv_",
+        r"\.conv\.": ".mixer.",
+        r"([qk])_layernorm": r"\1_norm",
+        r"self_attn\.out_proj": "mixer.o_proj",
+        r"feed_forward\.w1": "ffn.gate_proj",
+        r"feed_forward\.w3": "ffn.up_proj",
+        r"feed_forward\.w2": "ffn.down_proj",
+    }
+    blocks = [{"mixer": mixers[kind], "ffn": {"name": "SwiGLU", "d_ff": 80}} for kind in kinds]
+    plain = {name: ours for name, ours in DECODER.items() if "norm" not in name and "out_proj" not in name}
+    check_model(config, blocks, {**names, **plain}, norm_eps=config.norm_eps)
+
+
+def falcon_h1_weights(config):
+    """The multipliers of its activations as factors of the weights before them."""
+    inner, shared = config.mamba_d_ssm, config.mamba_n_groups * config.mamba_d_state
+    z, x, B, C, dt = config.ssm_multipliers
+    sizes = [inner, inner, shared, shared, config.mamba_n_heads]
+    stream = torch.cat([torch.full((n,), m) for n, m in zip(sizes, (z, x, B, C, dt), strict=True)])[:, None]
+    gate, down = config.mlp_multipliers
+    attention = config.attention_in_multiplier
+    factors = {
+        "embed_tokens.weight": config.embedding_multiplier,
+        "lm_head.weight": config.lm_head_multiplier,
+        "mamba.in_proj.weight": config.ssm_in_multiplier * stream,
+        "mamba.out_proj.weight": config.ssm_out_multiplier,
+        "self_attn.q_proj.weight": attention,
+        "self_attn.k_proj.weight": attention * config.key_multiplier,
+        "self_attn.v_proj.weight": attention,
+        "self_attn.o_proj.weight": config.attention_out_multiplier,
+        "feed_forward.gate_proj.weight": gate,
+        "feed_forward.down_proj.weight": down,
+    }
+
+    def convert(weights):
+        def factor(name):
+            return next((f for end, f in factors.items() if name.endswith(end)), 1.0)
+
+        return {name: value * factor(name) for name, value in weights.items()}
+
+    return convert
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_falcon_h1(normed):
+    """Attention beside Mamba-2, their outputs summed."""
+    config = transformers.FalconH1Config(
+        **SIZES,
+        **{name: HEADS[name] for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")},
+        mamba_d_ssm=96,
+        mamba_n_heads=6,
+        mamba_d_head=16,
+        mamba_d_state=12,
+        mamba_n_groups=2,
+        mamba_chunk_size=32,
+        mamba_rms_norm=normed,
+        mamba_norm_before_gate=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        embedding_multiplier=1.3,
+        lm_head_multiplier=0.6,
+        mlp_multipliers=[0.8, 1.4],
+        key_multiplier=0.7,
+        attention_in_multiplier=1.2,
+        attention_out_multiplier=0.9,
+        ssm_multipliers=[0.9, 1.1, 0.8, 1.2, 0.7],
+        ssm_in_multiplier=1.25,
+        ssm_out_multiplier=0.75,
+    )
+    mamba = {"name": "Mamba2", "d_state": 12, "head_dim": 16, "n_groups": 2, "norm": normed}
+    mixers = [{"name": "Attention", "n_heads": 6, "n_kv_heads": 2}, {**mamba, "norm_eps": config.rms_norm_eps}]
+    block = {"mixer": {"name": "Parallel", "mixers": mixers, "norm": False}, "ffn": {"name": "SwiGLU", "d_ff": 80}}
+    names = {
+        r"^model\.final_layernorm": "norm",
+        r"input_layernorm": "mixer_norm",
+        r"pre_ff_layernorm": "ffn_norm",
+        r"feed_forward": "ffn",
+        r"self_attn": "mixer.mixers.0",
+        r"mamba\.": "mixer.mixers.1.",
+        r"mixers\.1\.D$": "mixers.1.skip",
+    }
+    plain = {name: ours for name, ours in DECODER.items() if "out_proj" not in name and "norm" not in name}
+    check_model(config, block, {**names, **plain}, falcon_h1_weights(config), norm_eps=config.rms_norm_eps)
