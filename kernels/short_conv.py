@@ -30,15 +30,11 @@ def short_conv(
     check_packed(x, cu_seqlens)
     if activation not in (None, "silu"):
         raise UserError(f"short_conv: activation is None or 'silu', not {activation!r}")
-    n_seqs = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    before = x.new_zeros(n_seqs, weight.shape[1] - 1, x.shape[2]) if state is None else state
+    if weight.shape[0] != x.shape[2]:
+        raise UserError(f"short_conv: weight is [{x.shape[2]}, W] for x {tuple(x.shape)}; got {tuple(weight.shape)}")
     form = pick("short_conv", _FORMS, x)
     with full_precision(x):
-        y, last = form(
-            x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), before.to(x.dtype), cu_seqlens
-        )
-        if activation == "silu":
-            y = F.silu(y)
+        y, last = form(x, weight, bias, state, cu_seqlens, activation)
     return y, None if state is None else commit(state, last)
 
 
@@ -50,11 +46,25 @@ def shift(
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N 1 D"] | None]:
     """y_t = x_{t-1} within each sequence, zero (or the carried input) at its start; state: the last input [N, 1, D]."""
     check_packed(x, cu_seqlens)
-    n_seqs = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    rows = Prefixed(x.shape[1], 1, cu_seqlens)
-    buffer = rows.join(x.new_zeros(n_seqs, 1, x.shape[2]) if state is None else state.to(x.dtype), x)
-    y = rows.new(F.pad(buffer[:, :-1], (0, 0, 1, 0)))
-    return y, None if state is None else commit(state, rows.last(buffer))
+    y, last = pick("shift", _SHIFTS, x)(x, None, None, state, cu_seqlens, None)
+    return y, None if state is None else commit(state, last)
+
+
+def _prepared(form):
+    """A form in plain torch: everything in x's dtype, zeros for no state, the activation afterwards."""
+
+    def run(x, weight, bias, state, cu_seqlens, activation):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        y, last = form(x, weight, bias, _before(x, state, weight.shape[1] - 1, cu_seqlens), cu_seqlens)
+        return F.silu(y) if activation == "silu" else y, last
+
+    return run
+
+
+def _before(x, state, width, cu_seqlens):
+    if state is not None:
+        return state.to(x.dtype)
+    return x.new_zeros(x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, width, x.shape[2])
 
 
 def _naive(x, weight, bias, before, cu_seqlens):
@@ -85,4 +95,17 @@ def _shifted(x, weight, bias, before, cu_seqlens):
     return y, rows.last(buffer)
 
 
-_FORMS = register("short_conv", naive=_naive, torch=_shifted)
+def _shift(x, weight, bias, state, cu_seqlens, activation):
+    rows = Prefixed(x.shape[1], 1, cu_seqlens)
+    buffer = rows.join(_before(x, state, 1, cu_seqlens), x)
+    return rows.new(F.pad(buffer[:, :-1], (0, 0, 1, 0))), rows.last(buffer)
+
+
+def _triton(*args):
+    from subquad.kernels.triton.short_conv import form
+
+    return form(*args)
+
+
+_FORMS = register("short_conv", naive=_prepared(_naive), torch=_prepared(_shifted), triton=_triton)
+_SHIFTS = {"naive": _shift, "torch": _shift, "triton": _triton}  # to the Triton form a convolution without weights

@@ -1,7 +1,8 @@
+# ruff: noqa: RUF005 (kernels cannot unpack into a tuple)
 """short_conv and shift: a few taps over time, every row read once and the rows before it kept in registers.
 
 A program walks a block of channels down a stretch of rows. The backward pass recomputes what stands before the
-activation, and its sums for the weights go to one row of a small buffer a program, added up afterwards in a fixed order.
+activation; its sums for the weights go to a row of a small buffer, one a program, added up afterwards in a fixed order.
 `weight=None` is the token shift: W = 2, the older tap alone.
 """
 
@@ -14,21 +15,29 @@ from subquad.kernels.triton.spans import row_spans, span_of
 from subquad.kernels.triton.tiles import rows
 from subquad.kernels.wrapping import once_differentiable
 
-# rows: loaded together; block: channels of a program; channels: of a thread; programs: of a backward pass, over which the
-# rows are divided, at least `stretch` to each.
+# rows: loaded together; block: channels of a program; channels: of a thread; programs: of a backward pass, over which
+# the rows are divided, at least `stretch` to each.
 FORWARD = {"rows": 16, "block": 1024, "channels": 8}
 STEP = {"rows": 8, "block": 128, "channels": 1}  # one sequence's whole call, up to `rows` tokens
-BACKWARD = {"rows": 8, "block": 512, "channels": 4, "programs": 1024, "stretch": 32}
+BACKWARD = {"rows": 4, "block": 512, "channels": 4, "programs": 1024, "stretch": 32}
 
 
 @triton.jit
-def _tap(raw, state, s_n, s_p, n, t, start, end, lag, col, D: tl.constexpr, W: tl.constexpr):
-    """x at t - lag of t's own sequence, before whose start stands the state; `raw` is x there whatever it belongs to."""
+def channels(condition, col, D: tl.constexpr):
+    """The mask of the channels below D, or of none. (The interpreter makes an integer of `condition & mask`.)"""
+    return tl.where(condition, col < D, False)
+
+
+@triton.jit
+def _tap(raw, state, s_n, s_p, spans, n, t, start, end, lag, col, D: tl.constexpr, W: tl.constexpr):
+    """x at t - lag of t's own sequence, before whose start stands the state. `raw`: x there, zero before row 0."""
     before = (t - lag < start) & (t < end)
-    value = tl.where(before | (t >= end), 0.0, raw.to(tl.float32))
+    value = raw.to(tl.float32)
+    if spans is not None:
+        value = tl.where(before | (t >= end), 0.0, value)
     if state is not None:
         at = state + n.to(tl.int64) * s_n + (W - 1 - lag + t - start) * s_p + col
-        value += tl.load(at, mask=before & (col < D), other=0.0).to(tl.float32)
+        value += tl.load(at, mask=channels(before, col, D), other=0.0).to(tl.float32)
     return value
 
 
@@ -43,9 +52,10 @@ def _weights(weight, w_d, w_w, col, D: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _bias(bias, col, D: tl.constexpr, BLOCK: tl.constexpr):
-    if bias is None:
-        return tl.zeros([BLOCK], tl.float32)
-    return tl.load(bias + col, mask=col < D, other=0.0).to(tl.float32)
+    value = tl.zeros([BLOCK], tl.float32)
+    if bias is not None:
+        value += tl.load(bias + col, mask=col < D, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -57,25 +67,24 @@ def _convolved(taps, weights, bias, W: tl.constexpr):
 
 
 @triton.jit
-def _before_activation(dy, pre, SILU: tl.constexpr):
+def _before_silu(dy, pre):
     """The gradient before the activation."""
-    if SILU:
-        s = tl.sigmoid(pre)
-        return dy * s * (1 + pre * (1 - s))
-    return dy
+    s = tl.sigmoid(pre)
+    return dy * s * (1 + pre * (1 - s))
 
 
 @triton.jit
 def _keep_last(x, x_t, state, s_n, s_p, last, l_n, l_p, n, start, end, col, D: tl.constexpr, W: tl.constexpr):
-    """The last W-1 inputs of sequence n, rows start..end-1 of x; `last` may be `state`: all is read before any is written."""
+    """The last W-1 inputs of sequence n, rows start..end-1 of x. All is read before any is written: `last` may be
+    `state`."""
     kept = ()
     for j in tl.static_range(W - 1):
         row = end - (W - 1) + j
         new = row >= start
-        value = tl.load(x + row.to(tl.int64) * x_t + col, mask=new & (col < D), other=0.0).to(tl.float32)
+        value = tl.load(x + row.to(tl.int64) * x_t + col, mask=channels(new, col, D), other=0.0).to(tl.float32)
         if state is not None:
             at = state + n.to(tl.int64) * s_n + (row - start + W - 1) * s_p + col
-            value += tl.load(at, mask=(row < start) & (col < D), other=0.0).to(tl.float32)
+            value += tl.load(at, mask=channels(row < start, col, D), other=0.0).to(tl.float32)
         kept = kept + (value,)
     tl.debug_barrier()
     for j in tl.static_range(W - 1):
@@ -101,7 +110,7 @@ def _forward(
     for u in tl.static_range(ROWS + W - 1):
         t = first + (u - (W - 1))
         at = here + (u - (W - 1)) * x_t + col
-        window = window + (tl.load(at, mask=(t >= 0) & (t < T) & (col < D), other=0.0),)
+        window = window + (tl.load(at, mask=channels((t >= 0) & (t < T), col, D), other=0.0),)
     weights = _weights(weight, w_d, w_w, col, D, W)
     offset = _bias(bias, col, D, BLOCK)
 
@@ -111,13 +120,13 @@ def _forward(
         taps = ()
         for w in tl.static_range(W):
             if spans is not None or u < W - 1 - w:
-                taps = taps + (_tap(window[u + w], state, s_n, s_p, n, t, start, end, W - 1 - w, col, D, W),)
+                taps = taps + (_tap(window[u + w], state, s_n, s_p, spans, n, t, start, end, W - 1 - w, col, D, W),)
             else:
                 taps = taps + (window[u + w].to(tl.float32),)
         value = taps[0] if weight is None else _convolved(taps, weights, offset, W)
         if SILU:
             value *= tl.sigmoid(value)
-        tl.store(y + u * D + col, tl.where(t < end, value, 0.0), mask=(t < T) & (col < D))
+        tl.store(y + u * D + col, tl.where(t < end, value, 0.0), mask=channels(t < T, col, D))
 
     if last is not None:
         _keep_last(x, x_t, state, s_n, s_p, last, l_n, l_p, b, 0, T, col, D, W)
@@ -163,9 +172,9 @@ def _backward(
     )  # x and the gradient before the activation of the W - 1 rows before; the weights' sums
     for w in tl.static_range(W - 1):
         t = first + (w - (W - 1))
-        past = past + (tl.load(x + (w - (W - 1)) * x_t + col, mask=(t >= 0) & (col < D), other=0.0),)
+        past = past + (tl.load(x + (w - (W - 1)) * x_t + col, mask=channels(t >= 0, col, D), other=0.0),)
         later = later + (tl.zeros([BLOCK], tl.float32),)
-    for w in tl.static_range(W + 1):
+    for _ in tl.static_range(W + 1):
         sums = sums + (tl.zeros([BLOCK], tl.float32),)
 
     # W - 1 rows past the stretch, whose outputs read its last inputs.
@@ -173,7 +182,7 @@ def _backward(
         gradients = ()
         for u in tl.static_range(ROWS):
             r = group * ROWS + u
-            read = (first + r < tl.minimum(stop + W - 1, T)) & (col < D)
+            read = channels(first + r < tl.minimum(stop + W - 1, T), col, D)
             past = past + (tl.load(x + r * x_t + col, mask=read, other=0.0),)
             gradients = gradients + (tl.load(dy + r * dy_t + col, mask=read, other=0.0),)
         for u in tl.static_range(ROWS):
@@ -184,9 +193,9 @@ def _backward(
             if weight is not None:
                 taps = ()
                 for w in tl.static_range(W):
-                    taps = taps + (_tap(past[u + w], state, s_n, s_p, n, t, start, end, W - 1 - w, col, D, W),)
+                    taps = taps + (_tap(past[u + w], state, s_n, s_p, spans, n, t, start, end, W - 1 - w, col, D, W),)
                 if SILU:
-                    dp = _before_activation(dp, _convolved(taps, weights, offset, W), SILU)
+                    dp = _before_silu(dp, _convolved(taps, weights, offset, W))
                 dp = tl.where(t < end, dp, 0.0)
                 own = tl.where(t < stop, dp, 0.0)
                 added = ()
@@ -206,12 +215,14 @@ def _backward(
                 if spans is not None:
                     met = tl.where(t - w < end, met, 0.0)
                 value += met if weight is None else met * weights[w]
-            write = (target >= first) & (target < stop) & (col < D)
+            write = (target >= first) & (target < stop)
             if dlast is not None:
                 kept = target - (end - (W - 1))
                 at = dlast + (n.to(tl.int64) * (W - 1) + kept) * D + col
-                value += tl.load(at, mask=write & (kept >= 0) & (target < end), other=0.0).to(tl.float32)
-            tl.store(dx + (r - (W - 1)) * D + col, value, mask=write)
+                value += tl.load(at, mask=channels(write & (kept >= 0) & (target < end), col, D), other=0.0).to(
+                    tl.float32
+                )
+            tl.store(dx + (r - (W - 1)) * D + col, value, mask=channels(write, col, D))
         past, later = past[ROWS:], later[ROWS:]
 
     if partial is not None:
@@ -241,7 +252,7 @@ def _state_backward(
     offset = _bias(bias, col, D, BLOCK)
     met = ()
     for t in tl.static_range(W - 1):
-        dp = tl.load(dy + t * dy_t + col, mask=(t < length) & (col < D), other=0.0).to(tl.float32)
+        dp = tl.load(dy + t * dy_t + col, mask=channels(t < length, col, D), other=0.0).to(tl.float32)
         if SILU:
             taps = ()
             for w in tl.static_range(W):
@@ -249,13 +260,13 @@ def _state_backward(
                     at, there = x + (t + w - (W - 1)) * x_t + col, t < length
                 else:
                     at, there = state + n.to(tl.int64) * s_n + (t + w) * s_p + col, length > 0
-                taps = taps + (tl.load(at, mask=there & (col < D), other=0.0).to(tl.float32),)
-            dp = _before_activation(dp, _convolved(taps, weights, offset, W), SILU)
+                taps = taps + (tl.load(at, mask=channels(there, col, D), other=0.0).to(tl.float32),)
+            dp = _before_silu(dp, _convolved(taps, weights, offset, W))
         met = met + (dp,)
     for m in tl.static_range(W - 1):
         left = m - length  # its place in the new state
         at = dlast + (n.to(tl.int64) * (W - 1) + left) * D + col
-        value = tl.load(at, mask=(left >= 0) & (col < D), other=0.0).to(tl.float32)
+        value = tl.load(at, mask=channels(left >= 0, col, D), other=0.0).to(tl.float32)
         for w in tl.static_range(m + 1 if weight is not None else 1):
             value += met[m - w] if weight is None else met[m - w] * weights[w]
         tl.store(dstate + (n.to(tl.int64) * (W - 1) + m) * D + col, value, mask=col < D)
@@ -310,7 +321,7 @@ def _launch(x, weight, bias, state, last, cu_seqlens, silu) -> Tensor:
     B, T, D = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     x, W = rows(x), 2 if weight is None else weight.shape[1]
-    step = cu_seqlens is None and T <= STEP["rows"]
+    step = cu_seqlens is None and STEP["rows"] >= T
     table = STEP | ({"rows": 1} if T == 1 else {}) if step else FORWARD
     state = None if state is None else rows(state)
     before = [None, 0, 0] if state is None else [state, state.stride(0), state.stride(1)]

@@ -37,9 +37,10 @@ def row_spans(time: int, cu_seqlens: Tensor | None) -> Tensor | None:
 def span_of(spans, t, T, b):
     """(sequence, start, end) of row t; of padding and of rows outside 0..T-1 the end is at most t."""
     if spans is None:
-        return b, 0, T
-    inside = (t >= 0) & (t < T)
-    n = tl.load(spans + t, mask=inside, other=0)
-    start = tl.load(spans + T + t, mask=inside, other=0)
-    end = tl.load(spans + 2 * T + t, mask=inside, other=0)
+        n, start, end = b, 0, T
+    else:
+        inside = (t >= 0) & (t < T)
+        n = tl.load(spans + t, mask=inside, other=0)
+        start = tl.load(spans + T + t, mask=inside, other=0)
+        end = tl.load(spans + 2 * T + t, mask=inside, other=0)
     return n, start, end
