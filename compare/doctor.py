@@ -12,7 +12,9 @@ from rich.table import Table
 
 import subquad
 from subquad.arguments import Parser
-from subquad.kernels.backend import current_backend
+from subquad.compare import gpu_check
+from subquad.kernels.backend import INTERPRETED, TRITON, current_backend
+from subquad.kernels.blocked import triton_version
 from subquad.kernels.examples import differences, examples, load_ops
 
 PACKAGES = ("torch", "triton", "transformers", "lightning")
@@ -26,14 +28,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices = [device for device, there in present.items() if there]
     console = Console()
     console.print(_environment(devices))
+    fused = [op for op, forms in load_ops().items() if "triton" in forms]
+    gpus = _gpus() if present["cuda"] and TRITON and fused else {}
+    running = {gpu: gpu_check.Running(gpu_check.checks(fused, gpu), gpu) for gpu in gpus}
     table, failures = _self_check(devices)
     console.print(table)
+    for gpu, name in gpus.items():
+        failures += _report_gpu(console, running[gpu].outcomes(), gpu, name, fused)
+    if INTERPRETED and not gpus:
+        outcomes = [gpu_check.run(gpu_check.Check(op, None, "cpu")) for op in fused]
+        table, _, wrong = gpu_check.verdicts(outcomes, "Triton forms under the interpreter, against float64", "FAIL")
+        console.print(table)
+        failures += wrong
     if failures:
-        console.print(*failures, sep="\n")
+        console.print(*failures, sep="\n", markup=False)
         console.print("Do not trust the results of these ops on these devices.")
         return 1
     console.print("Every op agrees with its definition.")
     return 0
+
+
+def _gpus() -> dict[str, str]:
+    """The first GPU of each kind, by device: its name."""
+    names = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    first = {name: device for device, name in reversed(names.items())}
+    return {device: name for device, name in names.items() if first[name] == device}
+
+
+def _report_gpu(
+    console: Console, outcomes: Sequence[gpu_check.Outcome], gpu: str, name: str, fused: Sequence[str]
+) -> list[str]:
+    """Print what the checks of the Triton forms found and how fast they are, and keep the block list."""
+    title = f"Triton forms on {name}: relative error against the naive form in float64"
+    table, reasons, lines = gpu_check.verdicts(outcomes, title, "BLOCKED")
+    console.print(table)
+    for line in gpu_check.keep_list(outcomes, reasons, name, triton_version()):
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(gpu_check.speeds([op for op in fused if op not in reasons], gpu))
+    return lines
 
 
 def _environment(devices: list[str]) -> Table:
@@ -78,10 +110,6 @@ def _self_check(devices: list[str]) -> tuple[Table, list[str]]:
 
 
 def _placements(forms: Sequence[str], devices: list[str]) -> list[tuple[str, str]]:
-    """(form, device) to check. mps has no float64, so nothing is claimed about it; triton needs a GPU."""
-    return [
-        (form, device)
-        for form in forms
-        for device in devices
-        if form != "naive" and device != "mps" and (form != "triton" or device == "cuda")
-    ]
+    """(form, device) to check. mps has no float64, so nothing is claimed about it; Triton forms do without."""
+    chosen = [form for form in forms if form not in ("naive", "triton")]
+    return [(form, device) for form in chosen for device in devices if device != "mps"]

@@ -22,22 +22,23 @@ PEERS = {"fla": "fla", "mamba_ssm": "mamba_ssm", "causal_conv1d": "causal_conv1d
 
 
 class Sizes(NamedTuple):
-    """B sequences of T tokens in H heads of width D, both of keys and of values."""
+    """B sequences of T tokens in H heads, whose keys are D wide and whose values V, by default as wide."""
 
     B: int
     T: int
     H: int
     D: int
+    V: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Sizes":
-        match = re.fullmatch(r"B(\d+)T(\d+)H(\d+)D(\d+)", text)
+        match = re.fullmatch(r"B(\d+)T(\d+)H(\d+)D(\d+)(?:V(\d+))?", text)
         if not match or "0" in match.groups():
             raise UserError(f"--shapes: {text!r} is no shape; write one like B8T2048H16D128")
-        return cls(*map(int, match.groups()))
+        return cls(*(None if size is None else int(size) for size in match.groups()))
 
     def __str__(self) -> str:
-        return "".join(f"{name}{size}" for name, size in zip(self._fields, self, strict=True))
+        return "".join(f"{name}{size}" for name, size in zip(self._fields, self, strict=True) if size is not None)
 
 
 class Random:
@@ -68,8 +69,8 @@ class Random:
         return F.logsigmoid(self.wide(self.sizes.B, self.sizes.T, *shape)) / 16
 
     def qkv(self) -> Tensors:
-        H, D = self.sizes.H, self.sizes.D
-        return {"q": self.unit(H, D), "k": self.unit(H, D), "v": self.rows(H, D)}
+        H, D, V = self.sizes.H, self.sizes.D, self.sizes.V or self.sizes.D
+        return {"q": self.unit(H, D), "k": self.unit(H, D), "v": self.rows(H, V)}
 
 
 class Peer(NamedTuple):
@@ -152,8 +153,8 @@ def _rwkv6(r: Random) -> Tensors:
 
 
 def _product(r: Random) -> Tensors:
-    H, D = r.sizes.H, r.sizes.D
-    factors = {"k": r.unit(2, H, D), "v": r.rows(2, H, D), "beta": r.rate(2, H)}
+    H, D, V = r.sizes.H, r.sizes.D, r.sizes.V or r.sizes.D
+    factors = {"k": r.unit(2, H, D), "v": r.rows(2, H, V), "beta": r.rate(2, H)}
     return {"q": r.unit(H, D), **factors, "decay": r.decay(H)}
 
 

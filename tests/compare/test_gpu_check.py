@@ -1,0 +1,175 @@
+"""What doctor makes of the Triton forms' checks: verdicts, the block list, processes of their own."""
+
+import json
+import multiprocessing
+import os
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from subquad.compare import doctor, gpu_check
+from subquad.compare.gpu_check import Check, Outcome
+from subquad.compare.kernel_cases import CASES
+from subquad.errors import UserError
+from subquad.kernels import backend as module
+from subquad.kernels import blocked
+from subquad.kernels.triton import configs
+from subquad.kernels.triton.configs import Entry, Kernel
+
+GPU, TRITON = "Fake GPU", "3.6.9"
+RIGHT = {"float32": {"out": 1e-6}, "bfloat16": {"out": 4e-3}}
+WRONG = {"float32": {"out": 1e-6}, "bfloat16": {"out": 4e-3, "gradient of q": 0.3}}
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(blocked, "gpu_name", lambda index: GPU)
+    monkeypatch.setattr(blocked, "triton_version", lambda: TRITON)
+    blocked.forget()
+    yield
+    blocked.forget()
+
+
+def report(**errors):
+    """Doctor's report on ops whose checks ended so, and which of them dispatch blocks after it."""
+    outcomes = [
+        found._replace(check=Check(op, None, "cuda:0"))
+        if isinstance(found, Outcome)
+        else Outcome(Check(op, None, "cuda:0"), found)
+        for op, found in errors.items()
+    ]
+    table, reasons, lines = gpu_check.verdicts(outcomes, "title", "BLOCKED")
+    said = gpu_check.keep_list(outcomes, reasons, GPU, TRITON)
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get(), lines, said, [op for op in errors if blocked.refusal(op, 0)]
+
+
+def test_a_wrong_op_is_blocked_and_leaves_the_list_when_it_is_right():
+    table, lines, said, shut = report(delta_rule=WRONG, short_conv=RIGHT)
+    assert shut == ["delta_rule"]
+    assert lines == ["delta_rule, triton: gradient of q is off by 3.0e-01 in bfloat16"]
+    assert "BLOCKED" in table
+    assert "PASS" in table
+    assert said == [f"Blocked on {GPU} with triton {TRITON}: delta_rule; torch forms run instead ({blocked.path()})."]
+    assert "gradient of q is off by 3.0e-01 in bfloat16" in blocked.refusal("delta_rule", 0)
+
+    table, lines, said, shut = report(delta_rule=RIGHT, short_conv=RIGHT)
+    assert (lines, shut, blocked.read()) == ([], [], [])
+    assert said == [f"delta_rule is right now; its Triton form runs again on {GPU}."]
+
+
+def test_entries_of_other_gpus_and_ops_stay():
+    others = [
+        blocked.Blocked("delta_rule", "Another GPU", TRITON, "out is nan", "2026-01-02"),
+        blocked.Blocked("delta_rule", GPU, "3.5.0", "out is nan", "2026-01-02"),
+        blocked.Blocked("scan", GPU, TRITON, "out is nan", "2026-01-02"),
+    ]
+    outcomes = [Outcome(Check("delta_rule", None, "cuda:0"), RIGHT)]
+    blocked.path().parent.mkdir(parents=True)
+    blocked.path().write_text(json.dumps([entry._asdict() for entry in others]))
+    assert gpu_check.keep_list(outcomes, {}, GPU, TRITON) == []
+    assert blocked.read() == others
+    gpu_check.keep_list(outcomes, {"delta_rule": "worse"}, GPU, TRITON)
+    assert blocked.read()[:3] == others
+    assert blocked.read()[3].reason == "worse"
+
+
+@pytest.mark.parametrize("errors", [{"float32": {"out": float("nan")}}, {"float32": {"out": 2e-4}}])
+def test_nan_and_what_is_above_the_tolerance_is_wrong(errors):
+    assert report(scan=errors)[3] == ["scan"]
+
+
+def test_a_form_that_does_not_run_is_wrong():
+    found = Outcome(Check("scan", None, ""), {}, failure="real does not run (OutOfResources: shared memory)")
+    assert report(scan=found)[3] == ["scan"]
+    assert "real does not run (OutOfResources: shared memory)" in blocked.refusal("scan", 0)
+
+
+def test_what_could_not_be_checked_stays_as_it_was():
+    report(scan=WRONG)
+    table, lines, _, shut = report(scan=Outcome(Check("scan", None, ""), {}, unknown="scan: not enough GPU memory"))
+    assert shut == ["scan"]
+    assert lines == ["scan: not enough GPU memory"]
+    assert "not checked" in table
+
+
+def test_a_damaged_list_is_told():
+    blocked.path().parent.mkdir(parents=True)
+    blocked.path().write_text("{")
+    with pytest.raises(UserError, match="delete it and run `subquad doctor`"):
+        report(scan=RIGHT)
+
+
+def test_checks_cover_every_op_and_case():
+    found = gpu_check.checks([*dict.fromkeys(case.op for case in CASES), "scan"], "cuda:0")
+    assert {check.case for check in found} == {None, *(case.name for case in CASES)}
+    assert Check("scan", None, "cuda:0") in found
+    assert gpu_check.checks(["scan"], "cuda:0") == [Check("scan", None, "cuda:0")]
+
+
+def test_widths_use_every_entry_of_this_gpu(monkeypatch):
+    entries = (
+        Entry((9, 0), {"K": 128, "V": 256, "size": 2}, {}),
+        Entry((9, 0), {"K": 256, "V": 256, "size": 4}, {}),
+        Entry((8, 0), {"K": 32, "V": 32}, {}),
+        Entry((9, 0), {"D": 32}, {}),
+    )
+    monkeypatch.setattr(configs, "SHIPPED", {"some": Kernel({}, {}, entries)})
+    configs.forget()
+    found = gpu_check.widths((9, 0))
+    monkeypatch.undo()
+    configs.forget()
+    half, single = torch.bfloat16, torch.float32
+    assert found == [(64, 64, half), (128, 128, half), (128, 256, half), (256, 256, single)]
+
+
+def test_run_tells_errors_from_failures(monkeypatch):
+    """With a Triton form that is the plain one, one that is wrong, and one that fails."""
+    from subquad.kernels import short_conv as conv
+
+    def wrong(*arguments):
+        return tuple(1.01 * x for x in conv._FORMS["naive"](*arguments))
+
+    def broken(*arguments):
+        raise RuntimeError("PassManager::run\nfailed")
+
+    monkeypatch.setattr(module, "INTERPRETED", True)
+    check = Check("short_conv", None, "cpu")
+    for form, verdict in ((conv._FORMS["naive"], 0), (wrong, 1), (broken, 2)):
+        monkeypatch.setattr(conv, "_FORMS", {**conv._FORMS, "triton": form})
+        outcome = gpu_check.run(check)
+        assert set(outcome.errors) == ({"float32"} if verdict < 2 else set())
+        assert bool(outcome.wrong()) == (verdict > 0)
+    assert outcome.failure == "no bias, packed, carried does not run (RuntimeError: PassManager::run failed)"
+
+
+def _dies(check, pipe):
+    os._exit(11)
+
+
+def _hangs(check, pipe):
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("child", "limit", "said"),
+    [(_dies, 60, "an example ends its process with code 11"), (_hangs, 0.1, "an example does not end within 0.1 s")],
+)
+def test_a_check_that_dies_or_hangs_is_told(child, limit, said, monkeypatch):
+    """In a forked process, which can be given another function to run."""
+    monkeypatch.setattr(gpu_check, "_child", child)
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(gpu_check.multiprocessing, "get_context", lambda name: fork)
+    assert gpu_check.isolated(Check("scan", None, "cpu"), limit).failure == said
+
+
+def test_one_gpu_of_each_kind_is_checked(monkeypatch):
+    names = ["NVIDIA H200", "NVIDIA L4", "NVIDIA H200"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: names[i])
+    assert doctor._gpus() == {"cuda:0": "NVIDIA H200", "cuda:1": "NVIDIA L4"}
