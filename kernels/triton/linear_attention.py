@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from subquad.kernels.triton.carry import Pass, States
-from subquad.kernels.triton.segments import clear_padding, gate_gradient
+from subquad.kernels.triton.gates import cumulate, gate_gradient
+from subquad.kernels.triton.segments import Segments, clear_padding, segments
 from subquad.kernels.triton.tiles import accumulating, in_place, rows
 from subquad.kernels.wrapping import once_differentiable
 
@@ -77,7 +78,9 @@ def _(q, k, v, g, S, z, cu_seqlens, normalized, exclusive):
 def _forward(q, k, v, g, S, z, cu_seqlens, exclusive, out, den, last, z_last):
     normalized = den.dim() == 3
     last, z_last = (None, None) if S is None else (last, z_last if normalized else None)
-    forward = Pass(rows(q), rows(k), rows(v), g, cu_seqlens, exclusive=exclusive, normalized=normalized)
+    within = _segments(q, v, cu_seqlens)
+    gates = None if g is None else cumulate(g, cu_seqlens)
+    forward = Pass(within, rows(q), rows(k), rows(v), gates, exclusive=exclusive, normalized=normalized)
     before = forward.states(S, z, last, z_last)
     forward.run(before, out, last=last, z_last=z_last, den=den if normalized else None)
     clear_padding(out, cu_seqlens)
@@ -94,10 +97,13 @@ def linear_attention_triton_backward(
     """Gradients of q, k, v, g, S, z; empty where there is none. last, z_last: the state that forward returned."""
     dq, dk, dv, dg, dS0, dz0 = _gradients(q, k, v, g, S, z)
     do, q, k, v = rows(do), rows(q), rows(k), rows(v)
-    same = {"g": g, "cu_seqlens": cu_seqlens, "exclusive": exclusive}
-    reads = Pass(do, v, k, transposed=True, r_more=dden, **same)
-    writes = Pass(v, do, q, transposed=True, reverse=True, w_more=dden, **same)
-    values = Pass(k, q, do, reverse=True, **same)
+    if dden is not None:
+        dden = dden.contiguous()
+    within = _segments(q, v, cu_seqlens)
+    gates = None if g is None else cumulate(g, cu_seqlens)
+    reads = Pass(within, do, v, k, gates, exclusive=exclusive, transposed=True, r_more=dden)
+    writes = Pass(within, v, do, q, gates, exclusive=exclusive, reverse=True, transposed=True, w_more=dden)
+    values = Pass(within, k, q, do, gates, exclusive=exclusive, reverse=True)
 
     up, down = (None, None) if g is None else (reads.new_term(), writes.new_term())
     before = reads.states(S, z, ends=g is not None)
@@ -107,14 +113,18 @@ def linear_attention_triton_backward(
     writes.run(after, dk, partner=None if g is None else k, term=down, last=first, z_last=z_first)
     values.run(after._replace(z=None), dv)
     if g is not None:
-        ends = before._replace(S_ends=last, z_ends=z_last) if reads.cut.whole else before
-        dg = gate_gradient(up, down, _edge(ends, after), reads.cut, exclusive)
+        ends = before._replace(S_ends=last, z_ends=z_last) if within.whole else before
+        dg = gate_gradient(up, down, _edge(ends, after), within, exclusive)
     for x in (dq, dk, dv, dg):
         clear_padding(x, cu_seqlens)
     G = q.shape[2]
     if v.shape[2] != G:
         dq, dk = (x.unflatten(2, (G, -1)).sum(3) for x in (dq, dk))
     return dq, dk, dv, dg, dS0, dz0
+
+
+def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Segments:
+    return segments(v, cu_seqlens, v.shape[0] * v.shape[2] * -(-max(q.shape[3], v.shape[3]) // 64))
 
 
 def _edge(before: States, after: States) -> Tensor | None:

@@ -25,9 +25,10 @@ class Segments(NamedTuple):
     size: int
     n_seqs: int
     per_sequence: int  # in a batch
-    packed: bool
+    packed: int  # 0 or 1, as the kernels read it
     table: Tensor  # packed: int32 [count, 4]: sequence, start, end, its first chunk; without tokens past the last
     first: Tensor  # packed: int32 [N + 1], the first segment of each sequence
+    unread: Tensor  # stands for a float32 pointer that is never followed
 
     @property
     def whole(self) -> bool:
@@ -52,7 +53,7 @@ def cut(like: Tensor, cu_seqlens: Tensor | None, size: int) -> Segments:
     if cu_seqlens is None:
         per_sequence = max(-(-T // size), 1)
         none = like.new_empty(0, dtype=torch.int32)
-        return Segments(B * per_sequence, size, B, per_sequence, False, none, none)
+        return Segments(B * per_sequence, size, B, per_sequence, 0, none, none, none.view(torch.float32))
     n_seqs = cu_seqlens.numel() - 1
     count = T // size + n_seqs
     cu = cu_seqlens.long()
@@ -68,7 +69,7 @@ def cut(like: Tensor, cu_seqlens: Tensor | None, size: int) -> Segments:
     end = torch.where(real, torch.minimum(start + size, cu[sequence + 1]), 0)
     chunk = torch.where(real, first_chunk[sequence] + within // CHUNK, 0)
     table = torch.stack([sequence, start, end, chunk], 1).to(torch.int32)
-    return Segments(count, size, n_seqs, 1, True, table, first.to(torch.int32))
+    return Segments(count, size, n_seqs, 1, 1, table, first.to(torch.int32), table[:0].view(torch.float32))
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def combine(
     alone, total, initial, starts, ends, last, first, per_sequence, packed, carried, emit, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """S before each segment, and after it in `ends`, from what each adds alone and its log decay `total`."""
+    """S before each segment, and after it in `ends`, from what each adds alone and its decay 2^`total`."""
     block = tl.program_id(0)
     n = tl.program_id(1) // H
     h = tl.program_id(1) % H
@@ -112,7 +113,7 @@ def combine(
         tl.store(starts + here * (K * V) + at, S, mask=inside)
         added = tl.load(alone + here * (K * V) + at, mask=inside, other=0.0)
         if total is not None:
-            S *= tl.exp(tl.load(total + here))
+            S *= tl.exp2(tl.load(total + here))
         S += added
         if ends is not None:
             tl.store(ends + here * (K * V) + at, S, mask=inside)
@@ -140,52 +141,3 @@ def clear_padding(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         grid = (triton.cdiv(x.shape[1], 64),)
         _clear[grid](x, cu_seqlens, cu_seqlens.numel() - 1, x.shape[1], width, ROWS=64, BLOCK=1024)
     return x
-
-
-@triton.jit(do_not_specialize=["n_rows", "T", "segment", "per_sequence", "packed", "crossed"])
-def _gate_gradient(
-    up, down, n_up, n_down, n_rows, edge, dg, table, T, segment, per_sequence, packed, crossed, H,
-    C: tl.constexpr, EXCLUSIVE: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0)
-    h = tl.program_id(1)
-    b, start, end, _ = segment_bounds(table, n, T, segment, per_sequence, packed)
-    row = tl.arange(0, C)
-    later = tl.load(edge + n * H + h, mask=crossed != 0, other=0.0).to(tl.float64)
-    n_chunks = (end - start + C - 1) // C
-    for i in range(n_chunks):
-        first = start + (n_chunks - 1 - i) * C
-        inside = row < end - first
-        line = ((b * T + first) * H + h) + row * H
-        read = tl.zeros([C], tl.float64)
-        for k in range(n_up):
-            read += tl.load(up + k * n_rows.to(tl.int64) * H + line, mask=inside, other=0.0).to(tl.float64)
-        written = tl.zeros([C], tl.float64)
-        for k in range(n_down):
-            written += tl.load(down + k * n_rows.to(tl.int64) * H + line, mask=inside, other=0.0).to(tl.float64)
-        change = read - written
-        since = tl.sum(change, 0) - tl.cumsum(change, 0)  # of the tokens after each in this chunk
-        gradient = later + since
-        if EXCLUSIVE:
-            gradient -= written
-        else:
-            gradient += change
-        tl.store(dg + line, gradient.to(tl.float32), mask=inside)
-        later += tl.sum(change, 0)
-
-
-def gate_gradient(up: Tensor, down: Tensor, edge: Tensor | None, cut: Segments, exclusive: bool) -> Tensor:
-    """The gradient of a scalar log decay [B, T, H] from what tokens read (`up`) and write (`down`), [parts, B, T, H].
-
-    A decay stands between all tokens written before it and all read from it on. Let R_i = r_i . dr_i be reader i's
-    share and W_j = w_j . dw_j writer j's; each pair is in both. So dg_t = sum_{i>=t} R_i - sum_{j>=t} W_j plus what crosses
-    the end: <S, dS> there (`edge` [n, H]). It is summed within segments, where rounding cannot pile up.
-    """
-    _, B, T, H = up.shape
-    dg = up.new_empty(B, T, H)
-    if dg.numel():
-        _gate_gradient[(cut.count, H)](
-            up, down, up.shape[0], down.shape[0], B * T, up if edge is None else edge, dg, cut.table, T, cut.size,
-            cut.per_sequence, int(cut.packed), int(edge is not None), H, C=64, EXCLUSIVE=exclusive,
-        )  # fmt: skip
-    return dg

@@ -8,7 +8,7 @@ from torch import Tensor
 from subquad.kernels.backend import INTERPRETED
 
 
-def precision(like: Tensor) -> dict[str, object]:
+def precision(dtype: torch.dtype) -> dict[str, object]:
     """The constexpr pair (DOT, PRECISION): what products take their operands in; they always accumulate in float32.
 
     bfloat16 multiplies as it is. float16 goes through tf32, which has its mantissa and none of its overflow. float32
@@ -17,9 +17,9 @@ def precision(like: Tensor) -> dict[str, object]:
     """
     if INTERPRETED:
         return {"DOT": tl.float32, "PRECISION": "ieee"}
-    if like.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return {"DOT": tl.bfloat16, "PRECISION": "tf32"}
-    single = like.dtype == torch.float16 or torch.get_float32_matmul_precision() != "highest"
+    single = dtype == torch.float16 or torch.get_float32_matmul_precision() != "highest"
     return {"DOT": tl.float32, "PRECISION": "tf32" if single else "tf32x3"}
 
 
