@@ -1,25 +1,29 @@
-"""`subquad compare forms`: every layer's vectorised form against its plain recurrence.
+"""`subquad compare forms`: every op's vectorised form against its plain recurrence, alone and in its layer.
 
-Both run the same layer in this process, in turn, and the best of the repeats counts, in milliseconds of CPU time.
+Both forms run in this process, in turn, and the best of the repeats counts, in milliseconds of CPU time. The op alone
+gets what the layer gives it; the table shows how many times faster the vectorised form is, the file the milliseconds.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import process_time
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
+from torch import Tensor
 
 from subquad.arguments import Parser
 from subquad.compare.output import csv_writer
 from subquad.errors import UserError, nearest
 from subquad.infer.output import check_output, write_atomically
-from subquad.kernels.backend import backend
+from subquad.kernels.backend import Call, backend, recorded_calls
 from subquad.layers import available
+from subquad.layers.base import Layer
 
 Row = dict[str, Any]
 
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         torch.set_num_threads(threads)
     title = (
-        f"Width {given.d_model}, batch 1, {given.threads} thread(s), torch {torch.__version__}: CPU ms, naive / torch"
+        f"Naive / torch, CPU time; width {given.d_model}, batch 1, {given.threads} thread(s), torch {torch.__version__}"
     )
     Console().print(_table(rows, title))
     if given.csv:
@@ -71,27 +75,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(layer: nn.Module, length: int, d_model: int, repeat: int) -> Row:
-    """CPU milliseconds of a pass without gradients, and of a forward and backward pass, in both forms."""
+def measure(layer: Layer, length: int, d_model: int, repeat: int) -> Row:
+    """CPU milliseconds of a pass without gradients, and of a forward and backward pass: the op's and the layer's."""
     x = torch.randn(1, length, d_model)
+    with backend("torch"), recorded_calls() as calls:
+        layer(x)
+    named = [call for call in calls if layer.card and call.op in layer.card.op.split(", ")]
+    calls = named or calls  # a composition names no op: all of its mixers'
 
-    def forward() -> None:
-        with torch.no_grad():
-            layer(x)
+    def op(form: str) -> None:
+        for call in calls:
+            _sum_backward(_again(call, form))
 
-    def train() -> None:
+    def whole(form: str) -> None:
         layer.zero_grad(set_to_none=True)
-        layer(x)[0].sum().backward()
+        _sum_backward(layer(x))
 
     row: Row = {}
-    for what, run in (("forward", forward), ("train", train)):
-        times: dict[str, float] = {}
-        for form in ("torch", "naive") * repeat:
-            with backend(form):
-                times[form] = min(times.get(form, float("inf")), _cpu_ms(run))
-        row |= {f"{what} {form} ms": times[form] for form in ("naive", "torch")}
-        row[f"{what} ratio"] = times["naive"] / times["torch"]
+    for what, run in (("op", op), ("layer", whole)):
+        for how, grad in (("forward", False), ("train", True)):
+            times: dict[str, float] = {}
+            for form in ("torch", "naive") * repeat:
+                with backend(form), torch.set_grad_enabled(grad):
+                    times[form] = min(times.get(form, float("inf")), _cpu_ms(partial(run, form)))
+            row |= {f"{what} {how} {form} ms": times[form] for form in ("naive", "torch")}
+            row[f"{what} {how} ratio"] = times["naive"] / times["torch"]
+    layer.zero_grad(set_to_none=True)
     return row
+
+
+def _again(call: Call, form: str) -> Any:
+    """The call once more, on leaves, so that a backward pass ends at the op."""
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), (call.args, call.kwargs)
+    )
+    return call.forms[form](*args, **kwargs)
+
+
+def _sum_backward(results: Any) -> None:
+    """From the sum of the output, which comes first; nothing where no gradients are recorded."""
+    out = pytree.tree_leaves(results)[0]
+    if out.requires_grad:
+        out.sum().backward()
 
 
 def _cpu_ms(run: Callable[[], None]) -> float:
@@ -103,11 +128,9 @@ def _cpu_ms(run: Callable[[], None]) -> float:
 def _table(rows: list[Row], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("layer", no_wrap=True)
-    for heading in ("tokens", "forward\nnaive", "torch", "ratio", "training\nnaive", "torch", "ratio"):
+    for heading in ("tokens", "op\nforward", "op\ntrain", "layer\nforward", "layer\ntrain"):
         table.add_column(heading, justify="right")
     for row in rows:
-        figures = [f"{row[key]:,.3g}" for key in list(row)[2:]]
-        for at in (2, 5):
-            figures[at] = f"{float(row[list(row)[2 + at]]):.2f}x"
-        table.add_row(row["layer"], f"{row['tokens']:,}", *figures)
+        ratios = [f"{figure:.2f}x" for key, figure in row.items() if key.endswith("ratio")]
+        table.add_row(row["layer"], f"{row['tokens']:,}", *ratios)
     return table

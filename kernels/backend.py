@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,18 @@ TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on the CPU, slowly: for tests
 _warned: set[str] = set()
 OPS: dict[str, tuple[str, ...]] = {}  # op -> its forms, filled as the ops are defined
+
+
+class Call(NamedTuple):
+    """A call of an op's form, to be made again with any of its forms."""
+
+    op: str
+    forms: Mapping[str, Callable[..., Any]]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+_calls: list[Call] | None = None
 
 
 @contextmanager
@@ -61,6 +73,36 @@ def pick(
     GPU runs the torch form, with one warning. An op without a Triton form, and float64, which the kernels do not
     compute in, take the torch form by rule.
     """
+    form = _choose(op, forms, like, unfit)
+    return form if _calls is None else _recorded(op, forms, form)
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[Call]]:
+    """The calls of ops' forms made inside the `with` block, without those that a form itself makes."""
+    global _calls
+    before, _calls = _calls, []
+    try:
+        yield _calls
+    finally:
+        _calls = before
+
+
+def _recorded(op: str, forms: Mapping[str, Callable[..., Any]], form: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        global _calls
+        calls, _calls = _calls, None
+        try:
+            if calls is not None:
+                calls.append(Call(op, forms, args, kwargs))
+            return form(*args, **kwargs)
+        finally:
+            _calls = calls
+
+    return call
+
+
+def _choose(op: str, forms: Mapping[str, Callable[..., Any]], like: Tensor, unfit: str | None) -> Callable[..., Any]:
     name, device = current_backend(like.device.type), like.device
     if name == "triton" and not _forced and ("triton" not in forms or like.dtype == torch.float64):
         name = "torch"
@@ -87,7 +129,7 @@ def pick(
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)
 
 
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in blocked.py: a traced call warns too
