@@ -197,7 +197,7 @@ class Affine:
         self.options = {
             "K": self.K, "V": self.V, "BLOCK_K": padded(self.K), "C": CHUNK, "REVERSE": reverse,
             "VECTOR": whole is not None and whole.dim() == 3, "P_TRANSPOSED": P_transposed,
-            "Y_TRANSPOSED": Y_transposed, **precision(x), **self.config,
+            "Y_TRANSPOSED": Y_transposed, **precision(x.dtype), **self.config,
         }  # fmt: skip
 
     def new_states(self) -> Tensor:

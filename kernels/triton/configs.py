@@ -39,6 +39,13 @@ class Kernel(NamedTuple):
 
 H200 = (9, 0)
 
+_PREPARE = Kernel(
+    default={"BLOCK_K": 64, "num_warps": 4, "num_stages": 1},
+    candidates={"BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
+)
+
+_GRADIENT = {"BLOCK_K": (16, 32, 64, 128), "BLOCK_V": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)}
+
 # A width is any integer that a launcher passes by name; one that an entry leaves out may be anything.
 SHIPPED: dict[str, Kernel] = {
     # One pass over a sequence, the state [K, BLOCK_V] in registers. On an H200 at K = V = 128 wider blocks or 8 warps
@@ -48,6 +55,10 @@ SHIPPED: dict[str, Kernel] = {
         candidates={"BLOCK_V": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
         entries=(Entry(H200, {"K": 128, "V": 128}, {"BLOCK_V": 64, "num_warps": 4, "num_stages": 2}),),
     ),
+    # Chunks made ready for the pass over the states, BLOCK_K columns at a time.
+    "prepare_linear": _PREPARE,
+    "prepare_delta": _PREPARE,
+    "prepare_dplr": _PREPARE._replace(default={"BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
     # As "carry", with up to four row tensors and two matrices a chunk; `size` is the bytes of an element of x.
     "affine": Kernel(
         default={"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
@@ -55,6 +66,51 @@ SHIPPED: dict[str, Kernel] = {
         entries=(
             Entry(H200, {"K": 128, "V": 256, "size": 2}, {"BLOCK_V": 64, "num_warps": 4, "num_stages": 2}),
             Entry(H200, {"K": 256, "V": 256, "size": 4}, {"BLOCK_V": 32, "num_warps": 8, "num_stages": 1}),
+        ),
+    ),
+    # A few tokens: narrow blocks, so that one sequence is many programs.
+    "step": Kernel(
+        default={"BLOCK_V": 16, "num_warps": 2, "num_stages": 1},
+        candidates={"BLOCK_V": (16, 32, 64), "num_warps": (1, 2, 4, 8), "num_stages": (1,)},
+    ),
+    # All chunks side by side, some columns of K a program, with tiles of 64 tokens: up to eight such accumulators with
+    # the gates' three. `gates`: 0 none, 1 one a head, 2 one a channel.
+    "linear_gradient": Kernel(
+        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
+        candidates=_GRADIENT,
+        entries=(
+            Entry(
+                H200,
+                {"K": 256, "V": 256, "size": 2},
+                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 2},
+            ),
+        ),
+    ),
+    "delta_gradient": Kernel(
+        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
+        candidates=_GRADIENT,
+        entries=(
+            Entry(
+                H200,
+                {"K": 256, "V": 256, "size": 2, "gates": 1},
+                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 2},
+            ),
+            Entry(
+                H200,
+                {"K": 256, "V": 256, "size": 2, "gates": 2},
+                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 8, "num_stages": 2},
+            ),
+        ),
+    ),
+    "dplr_gradient": Kernel(
+        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 8, "num_stages": 1},
+        candidates=_GRADIENT,
+        entries=(
+            Entry(
+                H200,
+                {"K": 256, "V": 256, "size": 2},
+                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 8, "num_stages": 2},
+            ),
         ),
     ),
 }
