@@ -150,7 +150,8 @@ def step(
             *_strided(beta, 4), *_strided(a, 3), *_strided(b, 3), *_strided(g, 4),
             None if bonus is None else bonus.contiguous(), out, den,
             *(some if x is None else x for x in (S, last, z, z_last)),
-            some.to(torch.int32) if cu_seqlens is None else cu_seqlens, T, int(cu_seqlens is not None), int(S is not None), int(last is not None), H,
+            some.to(torch.int32) if cu_seqlens is None else cu_seqlens,
+            T, int(cu_seqlens is not None), int(S is not None), int(last is not None), H,
             K=K, V=V, R=R, BLOCK_K=padded(K), BLOCK_V=block, VECTOR=g is not None and g.dim() == 4,
             EXCLUSIVE=exclusive, **values,
         )  # fmt: skip
