@@ -11,7 +11,6 @@ from subquad.layers.base import (
     Card,
     available_if,
     no_weight_decay,
-    state_dtype,
 )
 from subquad.layers.norms import RMSNorm
 from subquad.layers.softmax_heads import SoftmaxLayer
@@ -112,9 +111,5 @@ class Attention(SoftmaxLayer):
     @available_if(lambda self: self.causal, "causal=False reads the whole sequence at once")
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> KVCache | RingCache:
         """An empty cache: max_len slots, or with a window n_sinks + window slots whatever max_len."""
-        weight = self.k_proj.weight
         slots = max_len if self.window is None else self.n_sinks + self.window
-        shape = (batch_size, slots, self.n_kv_heads, self.head_dim)
-        k = torch.zeros(shape, dtype=state_dtype(self, dtype), device=weight.device)
-        count = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        return (KVCache if self.window is None else RingCache)(k, torch.zeros_like(k), count)
+        return (KVCache if self.window is None else RingCache)(*self.empty_slots(batch_size, dtype, slots, slots))

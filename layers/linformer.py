@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.linformer_attention import SummaryCache, linformer_attention
-from subquad.layers.base import Card, available_if, state_dtype
+from subquad.layers.base import Card, available_if
 from subquad.layers.softmax_heads import SoftmaxLayer
 
 
@@ -85,8 +85,4 @@ class LinformerAttention(SoftmaxLayer):
         """No summaries yet, with room for those of max_len tokens, and an empty block."""
         rank, block = self.e_k.shape
         slots = max(1, max_len // block) * rank
-        options = {"dtype": state_dtype(self, dtype), "device": self.e_k.device}
-        k, v, block_k, block_v = (
-            torch.zeros(batch_size, n, self.n_heads, self.head_dim, **options) for n in (slots, slots, block, block)
-        )
-        return SummaryCache(k, v, block_k, block_v, torch.zeros(batch_size, dtype=torch.int64, device=k.device))
+        return SummaryCache(*self.empty_slots(batch_size, dtype, slots, slots, block, block))

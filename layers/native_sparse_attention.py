@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.native_sparse_attention import FORCED, NSACache, native_sparse_attention
-from subquad.layers.base import Card, default_head_dim, state_dtype
+from subquad.layers.base import Card, default_head_dim
 from subquad.layers.softmax_heads import SoftmaxLayer
 
 
@@ -91,8 +91,5 @@ class NativeSparseAttention(SoftmaxLayer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> NSACache:
         """An empty cache of max_len tokens and their blocks' means."""
-        dtype, device = state_dtype(self, dtype), self.k_proj.weight.device
-        k = torch.zeros(batch_size, max_len, self.n_kv_heads, self.head_dim, dtype=dtype, device=device)
-        mean = k.new_zeros(batch_size, -(-max_len // self.block), self.n_kv_heads, self.head_dim)
-        count = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return NSACache(k, torch.zeros_like(k), mean, torch.zeros_like(mean), count)
+        blocks = -(-max_len // self.block)
+        return NSACache(*self.empty_slots(batch_size, dtype, max_len, max_len, blocks, blocks))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.packing import mask_padding
-from subquad.layers.base import Layer, check_divides, default_head_dim, residual_linear
+from subquad.layers.base import Layer, check_divides, default_head_dim, residual_linear, state_dtype
 from subquad.layers.rotary import rotary_angles, rotate
 
 
@@ -69,6 +69,12 @@ class SoftmaxLayer(Layer):
         """q, k, v for the op."""
         q, k, v = self.project(x)
         return (*self.place(q, k, state, cu_seqlens), v)
+
+    def empty_slots(self, batch_size: int, dtype: torch.dtype | None, *lengths: int) -> tuple[Tensor, ...]:
+        """For each length slots for keys or values, [N, length, G, K], all zero, then the count [N] of no tokens."""
+        options = {"dtype": state_dtype(self, dtype), "device": self.k_proj.weight.device}
+        slots = [torch.zeros(batch_size, n, self.n_kv_heads, self.head_dim, **options) for n in lengths]
+        return *slots, torch.zeros(batch_size, dtype=torch.int64, device=options["device"])
 
     def merge(self, o: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """The op's output [B, T, H, K] back in the residual stream."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.topk_attention import TopKCache, topk_attention
-from subquad.layers.base import Card, state_dtype
+from subquad.layers.base import Card
 from subquad.layers.softmax_heads import SoftmaxLayer
 
 
@@ -71,8 +71,4 @@ class TopKAttention(SoftmaxLayer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> TopKCache:
         """An empty cache of max_len tokens and their blocks' means."""
-        dtype, device = state_dtype(self, dtype), self.k_proj.weight.device
-        k = torch.zeros(batch_size, max_len, self.n_kv_heads, self.head_dim, dtype=dtype, device=device)
-        mean = k.new_zeros(batch_size, -(-max_len // self.block), self.n_kv_heads, self.head_dim)
-        count = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return TopKCache(k, torch.zeros_like(k), mean, count)
+        return TopKCache(*self.empty_slots(batch_size, dtype, max_len, max_len, -(-max_len // self.block)))
