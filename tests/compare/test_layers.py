@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from subquad import cli
-from subquad.compare.layers import measure
+from subquad.compare.layers import _read, measure
 from subquad.layers import Attention, LinearAttention, SwiGLU
 
 SMALL = ["compare", "layers", "--lengths", "8", "32", "--d-model", "16", "--repeat", "1", "--new-tokens", "2"]
@@ -30,18 +30,43 @@ def test_table_csv_and_curves(tmp_path, capsys):
 
 
 def test_what_cannot_decode_has_no_figure_for_it():
-    row = measure(LinearAttention(16, causal=False), torch.randn(1, 8, 16), 2, 1)
+    (row,) = measure(LinearAttention(16, causal=False), [torch.randn(1, 8, 16)], 2, 1)
     assert row["train ms"] > 0
     assert row["prefill ms"] is row["decode ms"] is row["state bytes"] is None
 
 
+def test_only_decoding(tmp_path, capsys, monkeypatch):
+    """Of layers with a constant state unless others are named; a long context is read in pieces."""
+    monkeypatch.setattr("subquad.compare.layers.PIECE", 5)
+    table = tmp_path / "decode.csv"
+    assert cli.main([*SMALL, "--only-decode", "--csv", str(table)]) == 0
+    rows = list(csv.DictReader(table.open()))
+    names = {row["layer"] for row in rows}
+    assert {"Mamba", "RWKV7", "GatedShortConv"} <= names
+    assert not names & {"Attention", "LatentAttention", "NystromAttention", "SwiGLU"}
+    assert all(row["train ms"] == row["prefill ms"] == "" for row in rows)
+    assert [float(row["decode ratio"]) for row in rows if row["tokens"] == "8"] == [1.0] * len(names)
+    assert all(float(row["decode ratio"]) > 0 for row in rows)
+    assert cli.main([*SMALL, "--only-decode", "--layers", "NystromAttention"]) == 2
+    assert "NystromAttention cannot decode" in capsys.readouterr().err
+
+
+def test_the_state_that_decoding_starts_from_is_that_of_the_whole_sequence(monkeypatch):
+    monkeypatch.setattr("subquad.compare.layers.PIECE", 3)
+    layer, x = LinearAttention(16), torch.randn(1, 8, 16)
+    with torch.no_grad():
+        expected, _ = layer(torch.cat([x, x[:, :1]], 1))
+        y, _ = layer(x[:, :1], _read(layer, x, 1))
+    torch.testing.assert_close(y, expected[:, -1:])
+
+
 def test_stateless_layers_have_zero_bytes():
-    assert measure(SwiGLU(16), torch.randn(1, 8, 16), 2, 1)["state bytes"] == 0
+    assert measure(SwiGLU(16), [torch.randn(1, 8, 16)], 2, 1)[0]["state bytes"] == 0
 
 
 def test_measuring_leaves_no_gradients():
     layer = Attention(16)
-    measure(layer, torch.randn(1, 8, 16), 2, 1)
+    measure(layer, [torch.randn(1, 8, 16)], 2, 1)
     assert all(p.grad is None for p in layer.parameters())
 
 
