@@ -1,0 +1,164 @@
+"""What the chunk-parallel preparations share: tiles of rows, decayed scores by halves, the triangular inverse.
+
+A program takes one chunk of one head. A vector decay is only ever multiplied: blocks of 1, 2, 4, ... tokens hold their
+readers decayed since the block's start and their writers decayed to its end. Two neighbours meet in one product, late
+readers with early writers, and become one block by multiplying the late readers and the early writers with the other's
+whole decay. So log C multiplications a token stand in for C exponentials: no difference of sums that could cancel,
+nothing above one, exact for gates from 0 to -1e4.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad.kernels.triton.configs import config
+from subquad.kernels.triton.segments import CHUNK, Segments
+from subquad.kernels.triton.tiles import dot, padded, precision
+
+
+@triton.jit
+def tile(base, stride, step, n, c, K, C: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
+    """Addresses and mask of the chunk's first n rows, columns c to c + BLOCK (below K), in the shape `flat` takes.
+
+    A warp holds consecutive tokens, of which a thread has a few in a row: of the exchanges between neighbouring blocks,
+    those of small blocks stay within a thread, larger ones take shuffles, and only a row a warp crosses warps.
+    """
+    LANES: tl.constexpr = max(1, min(256 // BLOCK, C // WARPS))
+    EACH: tl.constexpr = C // (WARPS * LANES)
+    lane = tl.arange(0, LANES)[:, None, None, None] * EACH
+    warp = tl.arange(0, WARPS)[None, :, None, None] * (EACH * LANES)
+    each = tl.arange(0, EACH)[None, None, :, None]
+    row = lane + warp + each
+    col = c + tl.arange(0, BLOCK)[None, None, None, :]
+    return base + row * stride + col * step, (row < n) & (col < K)
+
+
+@triton.jit
+def load_rows(base, stride, step, n, c, K, C: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
+    """[C, BLOCK] in float32: n rows, columns c to c + BLOCK, zero elsewhere."""
+    at, mask = tile(base, stride, step, n, c, K, C, BLOCK, WARPS)
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return tl.permute(x, (1, 0, 2, 3)).reshape(C, BLOCK)
+
+
+@triton.jit
+def store_rows(base, stride, n, c, K, x, C: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
+    at, mask = tile(base, stride, 1, n, c, K, C, BLOCK, WARPS)
+    LANES: tl.constexpr = max(1, min(256 // BLOCK, C // WARPS))
+    x = x.to(base.dtype.element_ty).reshape(WARPS, LANES, C // (WARPS * LANES), BLOCK)
+    tl.store(at, tl.permute(x, (1, 0, 2, 3)), mask=mask)
+
+
+@triton.jit
+def store_matrix(base, x, C: tl.constexpr):
+    """A chunk's matrix [C, C]."""
+    row = tl.arange(0, C)
+    tl.store(base + row[:, None] * C + row[None, :], x.to(base.dtype.element_ty))
+
+
+@triton.jit
+def sibling(x, HALF: tl.constexpr):
+    """[R, K]: of each row the one in the same place of the neighbouring block of HALF rows; x >= 0."""
+    R: tl.constexpr = x.shape[0]
+    K: tl.constexpr = x.shape[1]
+    bits = x.to(tl.int32, bitcast=True).reshape(R // (2 * HALF), 2, HALF, K)
+    both = tl.sum(bits, 1, keep_dims=True).to(tl.int64)  # wraps, and back
+    return (both - bits.to(tl.int64)).to(tl.int32).to(tl.float32, bitcast=True).reshape(R, K)
+
+
+@triton.jit
+def crossing(row, LEVEL: tl.constexpr):
+    """The pairs of a reader in the second of two blocks of 2^LEVEL tokens and a writer in the first."""
+    return (((row[:, None] ^ row[None, :]) >> LEVEL) == 1) & (row[:, None] > row[None, :])
+
+
+@triton.jit
+def by_halves(
+    r1, r2, w1, w2, decay, s11, s12, s21, s22, row,
+    C: tl.constexpr, WARPS: tl.constexpr, READERS: tl.constexpr, WRITERS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds this block of columns to the scores s[reader][writer] of all pairs of two tokens, reader after writer.
+
+    r, w, decay: [C, BLOCK]; inclusive readers come with their own token's decay. A second reader or writer that is not
+    there (READERS, WRITERS) is any tensor, and comes back. Returns the scores, the readers decayed since the chunk's
+    start, the writers decayed to its end, and the whole decay, [WARPS, BLOCK] with equal rows.
+    """
+    BLOCK: tl.constexpr = decay.shape[1]
+    LEVELS: tl.constexpr = 6
+    tl.static_assert(C == 1 << LEVELS)
+    OWN: tl.constexpr = C // WARPS  # tokens of a warp: larger blocks' decays are a row a warp
+    whole = decay
+    wholes = tl.zeros([WARPS, BLOCK], tl.float32)
+    for LEVEL in tl.static_range(LEVELS):
+        met = crossing(row, LEVEL)
+        s11 += tl.where(met, dot(r1, tl.trans(w1), DOT, PRECISION), 0.0)
+        if WRITERS == 2:
+            s12 += tl.where(met, dot(r1, tl.trans(w2), DOT, PRECISION), 0.0)
+        if READERS == 2:
+            s21 += tl.where(met, dot(r2, tl.trans(w1), DOT, PRECISION), 0.0)
+            if WRITERS == 2:
+                s22 += tl.where(met, dot(r2, tl.trans(w2), DOT, PRECISION), 0.0)
+        if (1 << LEVEL) < OWN:
+            other = sibling(whole, 1 << LEVEL)
+            whole *= other
+        else:
+            if (1 << LEVEL) == OWN:
+                wholes = tl.max(whole.reshape(WARPS, OWN, BLOCK), 1)  # they are equal
+            found = sibling(wholes, (1 << LEVEL) // OWN)
+            wholes *= found
+            other = tl.broadcast_to(found[:, None, :], (WARPS, OWN, BLOCK)).reshape(C, BLOCK)
+        second = ((row >> LEVEL) % 2 == 1)[:, None]
+        late = tl.where(second, other, 1.0)
+        early = tl.where(second, 1.0, other)
+        r1 *= late
+        w1 *= early
+        if READERS == 2:
+            r2 *= late
+        if WRITERS == 2:
+            w2 *= early
+    return s11, s12, s21, s22, r1, r2, w1, w2, wholes
+
+
+@triton.jit
+def with_diagonal(scores, own, row):
+    """scores, with `own` [C] added to the diagonal."""
+    return scores + tl.where(row[:, None] == row[None, :], own[:, None], 0.0)
+
+
+@triton.jit
+def inverse(A, row, PRECISION: tl.constexpr):
+    """(I + A)^-1 of a strictly lower triangular A [64, 64], from blocks of one token to the whole by halves.
+
+    Two neighbours' inverses T1, T2 become the larger block's with -T2 A21 T1 below the diagonal.
+    """
+    tl.static_assert(A.shape[0] == 64)
+    T = tl.where(row[:, None] == row[None, :], 1.0, 0.0) - tl.where(crossing(row, 0), A, 0.0)
+    for LEVEL in tl.static_range(1, 6):
+        below = tl.where(crossing(row, LEVEL), A, 0.0)
+        T -= tl.dot(tl.dot(T, below, input_precision=PRECISION), T, input_precision=PRECISION)
+    return T
+
+
+@triton.jit
+def store_whole(base, c, K, wholes):
+    """The whole decay [K] from its equal rows."""
+    copy = tl.arange(0, wholes.shape[0])[:, None]
+    col = c + tl.arange(0, wholes.shape[1])[None, :]
+    tl.store(base + col + copy * 0, wholes, mask=(copy == 0) & (col < K))
+
+
+def chunk_matrices(like: Tensor, chunks: Segments, H: int) -> Tensor:
+    return torch.empty(chunks.count, H, CHUNK, CHUNK, dtype=like.dtype, device=like.device)
+
+
+def row_tensor(like: Tensor, H: int, K: int) -> Tensor:
+    return torch.empty(*like.shape[:2], H, K, dtype=like.dtype, device=like.device)
+
+
+def launch(kernel: str, like: Tensor, K: int, **widths: int) -> dict[str, object]:
+    """The constexpr options and launch parameters of a preparation of keys of K columns."""
+    values = config(kernel, device=like.device, K=K, **widths)
+    block = min(values.pop("BLOCK_K"), padded(K))
+    return {"K": K, "C": CHUNK, "BLOCK_K": block, "WARPS": values["num_warps"], **precision(like.dtype), **values}

@@ -1,0 +1,161 @@
+"""The prepared chunks against their formulas, written plainly in float64, loop by loop."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from subquad.kernels.triton.prepare_delta import prepare_delta
+from subquad.kernels.triton.prepare_linear import prepare_linear
+from subquad.kernels.triton.segments import CHUNK, cut
+
+pytestmark = pytest.mark.unchecked
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float32]
+# name: (B, T, boundaries of packed sequences or None)
+LAYOUTS = {
+    "one chunk": (1, 64, None),
+    "ragged": (2, 71, None),
+    "short": (1, 7, None),
+    "packed": (1, 100, [0, 0, 3, 80, 80, 90]),
+}
+GATES = ["mild", "extreme"]
+KINDS = [(None, "mild"), *[(gate, kind) for gate in ("scalar", "vector") for kind in GATES]]
+
+
+def spans(B, T, bounds):
+    """(row of the batch, first token, end) of each chunk by its number; None where a number has no chunk."""
+    if bounds is None:
+        return [(b, t, min(t + CHUNK, T)) for b in range(B) for t in range(0, T, CHUNK)]
+    found = [(0, t, min(t + CHUNK, end)) for at, end in pairwise(bounds) for t in range(at, end, CHUNK)]
+    return found + [None] * (T // CHUNK + len(bounds) - 1 - len(found))
+
+
+def inputs(layout, K, names, heads, *, H=2, gate=None, kind="mild", dtype=torch.float32):
+    B, T, bounds = LAYOUTS[layout]
+    torch.manual_seed(0)
+    x = {name: torch.randn(B, T, heads.get(name, H), K) / K**0.5 for name in names}
+    x = {name: value.to(DEVICE, dtype) for name, value in x.items()}
+    if gate is not None:
+        shape = (B, T, H, K) if gate == "vector" else (B, T, H)
+        g = -torch.rand(shape) * 0.3
+        if kind == "extreme":
+            pick = torch.tensor([0.0, -1e-6, -0.01, -20.0, -1e4])
+            g = pick[torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(1)) * (torch.rand(shape) < 0.5)]
+        x["g"] = g.to(DEVICE)
+    cu = None if bounds is None else torch.tensor(bounds, device=DEVICE, dtype=torch.int32)
+    like = x[names[0]]
+    return x, cut(like, cu, CHUNK), spans(B, T, bounds)
+
+
+def chunk_of(x, at, h):
+    """The rows of one chunk of one head in float64, [c, ...]; of the head that h reads where heads are shared."""
+    b, first, end = at
+    return x[b, first:end, :].double().cpu()
+
+
+def head(x, h, H):
+    return x[:, h // (H // x.shape[1])]
+
+
+def decays(g, c, K, exclusive):
+    """D [c, c, K] (zero where j is not before i, or its own token for inclusive), since, until [c, K], whole [K]."""
+    g = torch.zeros(c, K, dtype=torch.float64) if g is None else g.reshape(c, -1).expand(c, K)
+    D = torch.zeros(c, c, K, dtype=torch.float64)
+    since, until = torch.zeros(c, K, dtype=torch.float64), torch.zeros(c, K, dtype=torch.float64)
+    for i in range(c):
+        stop = i if exclusive else i + 1
+        since[i] = g[:stop].sum(0).exp()
+        until[i] = g[i + 1 :].sum(0).exp()
+        for j in range(stop):
+            D[i, j] = g[j + 1 : stop].sum(0).exp()
+    return D, since, until, g.sum(0).exp()
+
+
+def scores(r, w, D):
+    return torch.einsum("ik,jk,ijk->ij", r, w, D)
+
+
+def check(found, expected, dtype=torch.float32, bar=None):
+    found = found.double().cpu()
+    assert found.isfinite().all()
+    bar = bar or {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
+    if DEVICE == "cuda":
+        bar = max(bar, 1e-5)
+    error = (found - expected).norm() / expected.norm().clamp(min=1e-30)
+    assert error <= bar, f"off by {error:.1e}"
+
+
+def compare(found, oracle, spots, H, dtype):
+    """Every field of `found` with what oracle(span, head) says of it, by field: {name: tensor}."""
+    fields = {name: ([], []) for name, value in found._asdict().items() if value is not None}
+    for n, at in enumerate(spots):
+        for h in range(H):
+            expected = {} if at is None else oracle(at, h)
+            for name, (got, want) in fields.items():
+                x = getattr(found, name)
+                if x.shape[0] == len(spots) and x.shape[1] == H and (x.shape[2:] == (CHUNK, CHUNK)):
+                    matrix = torch.zeros(CHUNK, CHUNK, dtype=torch.float64)
+                    if at is not None:
+                        c = at[2] - at[1]
+                        matrix[:c, :c] = expected[name]
+                    got.append(x[n, h].flatten())
+                    want.append(matrix.flatten())
+                elif at is not None:
+                    value = x[n, h] if name == "whole" else x[at[0], at[1] : at[2], h]
+                    assert value.shape == expected[name].shape, name
+                    got.append(value.flatten())
+                    want.append(expected[name].flatten())
+    for got, want in fields.values():
+        check(torch.cat(got), torch.cat(want), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("exclusive", [False, True, "bonus"])
+@pytest.mark.parametrize(("layout", "K", "G"), [("ragged", 24, 1), ("packed", 16, 2), ("short", 80, 2)])
+def test_linear(layout, K, G, exclusive, kind, dtype):
+    H = 2
+    x, chunks, spots = inputs(layout, K, ["q", "k"], {"q": G, "k": G}, gate="vector", kind=kind, dtype=dtype)
+    bonus = torch.randn(H, K, device=DEVICE) if exclusive == "bonus" else None
+    found = prepare_linear(x["q"], x["k"], x["g"], chunks, exclusive=bool(exclusive), bonus=bonus)
+
+    def oracle(at, h):
+        q, k, g = (head(chunk_of(x[name], at, h), h, H) for name in "qkg")
+        D, since, until, whole = decays(g, len(q), K, bool(exclusive))
+        P = scores(q, k, D)
+        if bonus is not None:
+            P += torch.diag((q * k * bonus[h].double().cpu()).sum(-1))
+        return {"P": P, "q_s": q * since, "k_e": k * until, "whole": whole}
+
+    compare(found, oracle, spots, H, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("gate", "kind"), [(None, "mild"), *[(g, kind) for g in ("scalar", "vector") for kind in GATES]]
+)
+@pytest.mark.parametrize(("layout", "K", "G"), [("ragged", 24, 1), ("packed", 16, 2)])
+def test_delta(layout, K, G, gate, kind, reverse, dtype):
+    H = 2
+    x, chunks, spots = inputs(layout, K, ["q", "k"], {"q": G, "k": G}, gate=gate, kind=kind, dtype=dtype)
+    k = x["k"] = torch.nn.functional.normalize(x["k"].float(), dim=-1).to(dtype)
+    beta = (1.99 * torch.rand(*k.shape[:2], H)).to(DEVICE, dtype)
+    found = prepare_delta(x["q"], k, beta, x.get("g"), chunks, reverse=reverse)
+
+    def oracle(at, h):
+        q, k = (head(chunk_of(x[name], at, h), h, H) for name in "qk")
+        b, c = chunk_of(beta, at, h)[:, h], len(q)
+        D, since, until, whole = decays(None if gate is None else chunk_of(x["g"], at, h)[:, h], c, K, False)
+        P0, A = scores(q, k, D), scores(b[:, None] * k, k, D).tril(-1)
+        T = torch.linalg.inv(torch.eye(c, dtype=torch.float64) + A)
+        if gate == "scalar":
+            whole = whole[0]
+        if reverse:
+            F = -b[:, None] * k * since
+            return {"Y": (P0 @ T).mT, "W": T.mT @ (k * until), "E": q * since, "F": F, "whole": whole}
+        Y, W = T @ b.diag(), -T @ (b[:, None] * k * since)
+        return {"P": P0 @ Y, "Q": q * since + P0 @ W, "Y": Y, "W": W, "F": k * until, "whole": whole}
+
+    compare(found, oracle, spots, H, dtype)
