@@ -121,26 +121,30 @@ class _Maps:
             self.powers = torch.cat([self.powers, factor * self.powers], 1)
             factor = factor.square()
         self.A, self.falling = A, self.powers.flip(1)
-        within, read, self.direct = self._kernel(B * C), self._read(A * C), self._write(B)
-        write = self.direct
-        whole = factor[:, 0]
+        self.direct = self._write(B)
         if self.low_rank:
             P, Q = P.to(wide), Q.to(wide).conj()
-            eye = torch.eye(size, dtype=torch.float64, device=A.device)
-            feedback = torch.linalg.solve_triangular(eye - self._kernel(P * Q, late=True), eye, upper=True)
-            self.s_from_u, self.s_from_x = self._kernel(B * Q, late=True) @ feedback, self._read(Q) @ feedback
-            self.indirect, s_to_y = self._write(P), self._kernel(P * C)
-            within, write = within + self.s_from_u @ s_to_y, write + self.s_from_u @ self.indirect
-            read = read + self.s_from_x @ s_to_y
-            whole = _plus_diagonal(self.indirect.mT @ self.s_from_x.mT, whole)
+            kernel, s_from_u, loop, s_to_y = self._responses(B * C, B * Q, P * Q, P * C)
+            s_from_u, loop = (F.pad(k[:, :, :-1], (1, 0)) for k in (s_from_u, loop))  # s reads the state before
+            # All these matrices are Toeplitz, and so are their products and inverses: a row of each is enough.
+            first = torch.zeros_like(loop)
+            first[..., 0] = 1
+            feedback = torch.linalg.solve_triangular(_toeplitz(first - loop), first, upper=True, left=False)
+            feedback, s_to_y = _toeplitz(feedback), _toeplitz(s_to_y)
+            s_from_u = s_from_u @ feedback
+            self.s_from_u, self.s_from_x, self.indirect = _toeplitz(s_from_u), self._read(Q) @ feedback, self._write(P)
+            within, write = _toeplitz(kernel + s_from_u @ s_to_y), self.direct + self.s_from_u @ self.indirect
+            read = self._read(A * C) + self.s_from_x @ s_to_y
+            whole = _plus_diagonal(self.indirect.mT @ self.s_from_x.mT, factor[:, 0])
+        else:
+            (kernel,) = self._responses(B * C)
+            within, write, read, whole = _toeplitz(kernel), self.direct, self._read(A * C), factor[:, 0]
         self.within, self.read, self.write = within.to(dtype), read.to(dtype), write.to(dtype)
         self.whole = whole.to(torch.promote_types(dtype, torch.complex64) if whole.is_complex() else dtype)
 
-    def _kernel(self, weights: Tensor, late: bool = False) -> Tensor:
-        """Toeplitz [H, source, target] of Re sum(weights A^j), j = target - source; one step later if `late`."""
-        kernel = (self.powers @ weights[..., None])[..., 0]
-        kernel = _real(kernel)[:, : self.size - late]
-        return F.pad(kernel, (self.size - 1 + late, 0)).unfold(1, self.size, 1).flip(1)  # a contiguous copy
+    def _responses(self, *weights: Tensor) -> list[Tensor]:
+        """Re sum(w A^j), j = 0 .. C - 1, of each of the weights w [H, N]: [H, 1, C]."""
+        return list(_real(self.powers @ torch.stack(weights, -1)).mT.split(1, 1))
 
     def _write(self, B: Tensor) -> Tensor:
         return _pairs(self.falling * B[:, None])
@@ -166,6 +170,12 @@ class _Maps:
             s = torch.where(torch.arange(self.size, device=u.device)[:, None] < used[:, None, None], s, 0)
             after = after + torch.einsum("nch,hck->nhk", s.take_along_dim(slot, 1), self.indirect)
         return _vectors(after, x).to(x.dtype)
+
+
+def _toeplitz(kernel: Tensor) -> Tensor:
+    """[H, 1, C] -> [H, source, target], kernel[target - source] for target >= source, else 0."""
+    size = kernel.shape[-1]
+    return F.pad(kernel[:, 0], (size - 1, 0)).unfold(1, size, 1).flip(1)  # a contiguous copy
 
 
 def _pairs(x: Tensor) -> Tensor:
