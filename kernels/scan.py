@@ -5,9 +5,10 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
+from subquad.kernels.operators import operator
 from subquad.kernels.packing import check_packed, sequence_ids
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, full_precision, once_differentiable
+from subquad.kernels.wrapping import by_sequence, full_precision
 
 
 def scan(
@@ -67,7 +68,7 @@ def _torch(a, b, h0, cu_seqlens):
     return h, last
 
 
-@torch.library.custom_op("subquad::scan", mutates_args=())
+@operator("scan")
 def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """The loop as one opaque operation, so that a compiler never unrolls it."""
     return _recur(a, b, h0)
@@ -78,7 +79,7 @@ def _(a, b, h0):
     return torch.empty_like(b, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("subquad::scan_backward", mutates_args=())
+@operator("scan_backward")
 def _scan_backward(a: Tensor, h: Tensor, h0: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The adjoint recurrence dh_t = grad_t + conj(a_{t+1}) dh_{t+1}, run from the end."""
     a = a.conj().resolve_conj()
@@ -99,7 +100,7 @@ def _save(ctx, inputs, output):
 
 
 _scan.register_autograd(lambda ctx, grad: _scan_backward(*ctx.saved_tensors, grad), setup_context=_save)
-once_differentiable(_scan_backward, "scan")
+_scan_backward.once_differentiable("scan")
 
 
 def _recur(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from subquad.kernels.backend import pick, register
+from subquad.kernels.operators import operator
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, full_precision, once_differentiable
+from subquad.kernels.wrapping import by_sequence, full_precision
 
 BLOCK_VALUES = 1 << 18  # values of state a block of time may hold, so that a block stays in a core's cache
 
@@ -67,7 +68,7 @@ def _blocked(x, dt, A, B, C, h0, cu_seqlens):
     return chunks.join(y), last
 
 
-@torch.library.custom_op("subquad::selective_scan", mutates_args=())
+@operator("selective_scan")
 def _selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, first: Tensor | None, sequence: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -108,7 +109,7 @@ def _block(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, h: Tensor) -> tuple[Tens
     return a, states
 
 
-@torch.library.custom_op("subquad::selective_scan_backward", mutates_args=())
+@operator("selective_scan_backward")
 def _selective_scan_backward(
     x: Tensor,
     dt: Tensor,
@@ -167,5 +168,5 @@ def _backward(ctx, grad_y, grad_after):
 
 
 _selective_scan.register_autograd(_backward, setup_context=_save)
-once_differentiable(_selective_scan_backward, "selective_scan")
+_selective_scan_backward.once_differentiable("selective_scan")
 _FORMS = register("selective_scan", naive=_naive, torch=_blocked)

@@ -219,7 +219,10 @@ class Pass:
         total = None if self.gates is None else self._float(n, H)
         self._launch(States(None, None), None, alone, z_alone, total=total)
         S_found = self._combine(alone, total, S, last, ends)
-        z_found = (None, None) if z_alone is None else self._combine(z_alone[..., None], total, z, z_last, ends)
+        z_found = (None, None)
+        if z_alone is not None:  # a state one value wide
+            z_found = self._combine(z_alone[..., None], total, z, z_last, ends)
+            z_found = tuple(None if x is None else x[..., 0] for x in z_found)
         return States(S_found[0], z_found[0], S_found[1], z_found[1])
 
     def run(

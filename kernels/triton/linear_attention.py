@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from subquad.kernels.operators import operator
 from subquad.kernels.triton.carry import Pass, States
 from subquad.kernels.triton.gates import cumulate, gate_gradient
 from subquad.kernels.triton.segments import Segments, clear_padding, segments
 from subquad.kernels.triton.tiles import accumulating, in_place, rows
-from subquad.kernels.wrapping import once_differentiable
 
 
 def form(q, k, v, g, S, z, normalized, exclusive, bonus, cu_seqlens):
@@ -27,7 +27,7 @@ def form(q, k, v, g, S, z, normalized, exclusive, bonus, cu_seqlens):
     return out, den if normalized else None, last, z_last if normalized else None
 
 
-@torch.library.custom_op("subquad::linear_attention_triton", mutates_args=())
+@operator("linear_attention_triton")
 def linear_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None,
     normalized: bool, exclusive: bool,
@@ -38,7 +38,7 @@ def linear_attention_triton(
     return out, den, last, z_last
 
 
-@torch.library.custom_op("subquad::linear_attention_triton_", mutates_args=("S", "z"))
+@operator("linear_attention_triton_", mutates_args=("S", "z"))
 def linear_attention_triton_(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor, z: Tensor | None, cu_seqlens: Tensor | None,
     normalized: bool, exclusive: bool,
@@ -88,7 +88,7 @@ def _forward(q, k, v, g, S, z, cu_seqlens, exclusive, out, den, last, z_last):
         clear_padding(den, cu_seqlens)
 
 
-@torch.library.custom_op("subquad::linear_attention_triton_backward", mutates_args=())
+@operator("linear_attention_triton_backward")
 def linear_attention_triton_backward(
     do: Tensor, dden: Tensor | None, dS: Tensor | None, dz: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     g: Tensor | None, S: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None, exclusive: bool,
@@ -184,4 +184,4 @@ def _backward(ctx, do, dden, dS, dz):
 
 
 linear_attention_triton.register_autograd(_backward, setup_context=_save)
-once_differentiable(linear_attention_triton_backward, "linear_attention")
+linear_attention_triton_backward.once_differentiable("linear_attention")
