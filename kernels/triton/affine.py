@@ -46,9 +46,12 @@ def affine_pass(
     table, T, segment, per_sequence, packed, carried, emit, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     VECTOR: tl.constexpr, MATRIX: tl.constexpr, REVERSE: tl.constexpr, P_TRANSPOSED: tl.constexpr,
-    Y_TRANSPOSED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    Y_TRANSPOSED: tl.constexpr, ALIKE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """MATRIX: x has K more columns, of zeros, and S the identity in them, which becomes the segment's transition."""
+    """MATRIX: x has K more columns, of zeros, and S the identity in them, which becomes the segment's transition.
+
+    ALIKE: the rows q, w, e, f that are given have the strides of f in common, or of e where there is no f.
+    """
     WIDTH: tl.constexpr = V + K if MATRIX else V
     N_BLOCKS: tl.constexpr = (WIDTH + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
@@ -56,6 +59,11 @@ def affine_pass(
     h = (program // N_BLOCKS) % H
     n = program // (N_BLOCKS * H)
     b, start, end, first_chunk = segment_bounds(table, n, T, segment, per_sequence, packed)
+    if ALIKE:  # one set of offsets in registers instead of four
+        if f is not None:
+            e_t = f_t
+        q_t = e_t
+        w_t = e_t
     row = tl.arange(0, C)
     key = tl.arange(0, BLOCK_K)
     col = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -149,7 +157,7 @@ def _through_segments(
             # The rows of S that a part of the matrix meets are read back from `starts`: registers cannot be sliced.
             tl.debug_barrier()
             S = load_tile(move, WIDTH, key, col, key < K, V)
-            for k in range(0, K, PART):
+            for k in tl.range(0, K, PART, num_stages=2):
                 at = k + part
                 matrix = tl.load(
                     move + key[:, None] * WIDTH + (V + at)[None, :],
@@ -194,10 +202,11 @@ class Affine:
         self.n_chunks = self.B * max(triton.cdiv(self.T, CHUNK), 1)
         if cu_seqlens is not None:
             self.n_chunks = self.T // CHUNK + self.cut.n_seqs
+        strides = {t.stride() for t in (self.Q, self.W, self.E, self.F) if t is not None}
         self.options = {
             "K": self.K, "V": self.V, "BLOCK_K": padded(self.K), "C": CHUNK, "REVERSE": reverse,
             "VECTOR": whole is not None and whole.dim() == 3, "P_TRANSPOSED": P_transposed,
-            "Y_TRANSPOSED": Y_transposed, **precision(x.dtype), **self.config,
+            "Y_TRANSPOSED": Y_transposed, "ALIKE": len(strides) == 1, **precision(x.dtype), **self.config,
         }  # fmt: skip
 
     def new_states(self) -> Tensor:
@@ -223,7 +232,8 @@ class Affine:
                 moves, total, some if S is None else S, starts, some if last is None else last, self.cut.first,
                 self.cut.per_sequence, int(self.cut.packed), int(S is not None), int(last is not None), H,
                 K=K, V=V, BLOCK_K=padded(K), BLOCK_V=block, PART=min(32, padded(K)), VECTOR=self.options["VECTOR"],
-                MATRIX=matrix, REVERSE=self.options["REVERSE"], PRECISION=exact, num_warps=4,
+                MATRIX=matrix, REVERSE=self.options["REVERSE"], PRECISION=exact, num_warps=4 if K <= 128 else 8,
+                num_stages=1,
             )  # fmt: skip
         return starts
 

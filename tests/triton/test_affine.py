@@ -48,12 +48,14 @@ def packed(*lengths: int, padding: int = 0) -> Layout:
     return Layout(start + padding, sequences, torch.tensor(bounds, dtype=torch.int32, device=DEVICE))
 
 
-def tensors(layout: Layout, groups: str, whole: str | None, H=2, K=5, V=7, dtype=torch.float32) -> dict[str, Tensor]:
+def tensors(
+    layout: Layout, groups: str, whole: str | None, H=2, K=5, V=7, dtype=torch.float32, alike=True
+) -> dict[str, Tensor]:
     """Random ones, of a size that keeps S moderate; NaN wherever no token is."""
     generator = torch.Generator().manual_seed(0)
 
-    def rows(width: int, scale: float) -> Tensor:
-        wide = scale * torch.randn(layout.B, layout.T, H, width + 3, generator=generator)
+    def rows(width: int, scale: float, spare: int = 3) -> Tensor:
+        wide = scale * torch.randn(layout.B, layout.T, H, width + spare, generator=generator)
         for b in range(layout.B):
             used = max(end for row, _, end, _ in layout.sequences if row == b)
             wide[b, used:] = float("nan")
@@ -62,7 +64,8 @@ def tensors(layout: Layout, groups: str, whole: str | None, H=2, K=5, V=7, dtype
     given = {"x": rows(V, 1.0)}
     for name in "QWEF":
         if name in groups:
-            given[name] = rows(K, {"Q": 1.0, "W": 0.5 / K}.get(name, C**-0.5))
+            spare = 3 if alike else "QWEF".index(name)
+            given[name] = rows(K, {"Q": 1.0, "W": 0.5 / K}.get(name, C**-0.5), spare)
     for name in "PY":
         if name in groups:
             matrix = torch.full((layout.n_chunks, H, C, C), float("nan"))
@@ -112,10 +115,11 @@ def expected(layout: Layout, given: dict[str, Tensor], S: Tensor, reverse: bool,
 
 
 def check(
-    layout, groups, whole, *, reverse=False, transposed=False, carried=True, widths=(2, 5, 7), dtype=torch.float32
-):
+    layout, groups, whole, *, reverse=False, transposed=False, carried=True, widths=(2, 5, 7), dtype=torch.float32,
+    alike=True,
+):  # fmt: skip
     H, K, V = widths
-    given = tensors(layout, groups, whole, H, K, V, dtype)
+    given = tensors(layout, groups, whole, H, K, V, dtype, alike)
     N = len(layout.sequences)
     S = torch.randn(N, H, K, V, generator=torch.Generator().manual_seed(1)).to(DEVICE) if carried else None
     zero = torch.zeros(N, H, K, V, device=DEVICE)
@@ -155,6 +159,11 @@ def test_in_segments(groups, whole, reverse, dtype, short):
 def test_one_segment_a_sequence(groups, reverse):
     affine = check(batch(2, 150), GROUPS[groups], "vector", reverse=reverse)
     assert affine.cut.whole
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_rows_of_different_strides(groups):
+    check(batch(2, 100), GROUPS[groups], "vector", alike=False)
 
 
 @pytest.mark.parametrize("groups", ["linear", "dplr"])
