@@ -23,13 +23,23 @@ def running_max(
     check_packed(i, cu_seqlens)
     if f.shape != i.shape:
         raise UserError(f"running_max: f {tuple(f.shape)} and i {tuple(i.shape)} must have one shape")
-    form = pick("running_max", _FORMS, i)
-    dtype = accumulator_dtype(torch.promote_types(f.dtype, i.dtype))
+    form = pick("running_max", _FORMS, f if f.dtype == torch.float64 else i)
     with full_precision(i):
         n_seqs = i.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        m0 = i.new_full((n_seqs, *i.shape[2:]), initial, dtype=dtype) if state is None else state.to(dtype)
-        m, last = form(f.to(dtype), i.to(dtype), m0, cu_seqlens)
+        dtype = accumulator_dtype(torch.promote_types(f.dtype, i.dtype))
+        m0 = i.new_full((n_seqs, *i.shape[2:]), initial, dtype=dtype) if state is None else state
+        m, last = form(f, i, m0, cu_seqlens)
     return m, None if state is None else commit(state, last)
+
+
+def _in_full(form):
+    """A form in plain torch, in the accumulator's dtype."""
+
+    def run(f, i, m0, cu_seqlens):
+        dtype = accumulator_dtype(torch.promote_types(f.dtype, i.dtype))
+        return form(f.to(dtype), i.to(dtype), m0.to(dtype), cu_seqlens)
+
+    return run
 
 
 def _naive(f, i, m, cu_seqlens):
@@ -66,4 +76,10 @@ def _torch(f, i, m0, cu_seqlens):
     return m, torch.where((lengths > 0).view(-1, *[1] * (m0.dim() - 1)), ends, m0)
 
 
-_FORMS = register("running_max", naive=_naive, torch=_torch)
+def _triton(*args):
+    from subquad.kernels.triton.running_max import form
+
+    return form(*args)
+
+
+_FORMS = register("running_max", naive=_in_full(_naive), torch=_in_full(_torch), triton=_triton)
