@@ -194,7 +194,8 @@ def _clock(device: torch.device) -> Iterator[float]:
 
 def _table(rows: list[Row], title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("layer", overflow="fold")
+    longest = max(len(row["layer"]) for row in rows)
+    table.add_column("layer", overflow="fold", min_width=min(longest, 24))
     for heading in ("tokens", "train ms", "prefill ms", "decode ms\na token", "ratio", "state\nbytes"):
         table.add_column(heading, justify="right")
     for i, row in enumerate(rows):
