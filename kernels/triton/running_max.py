@@ -18,10 +18,11 @@ from subquad.kernels.triton.spans import row_spans, span_of
 from subquad.kernels.triton.tiles import rows
 from subquad.kernels.wrapping import once_differentiable
 
-# rows: of a block; block: channels of a program; channels: of a thread. A batch of up to STEP's rows is one block.
-FORWARD = {"rows": 32, "block": 128, "channels": 1}
-STEP = {"rows": 8, "block": 128, "channels": 1}
-BACKWARD = {"rows": 16, "block": 128, "channels": 1}
+# rows: of a block; unroll: loaded together; block: channels of a program; channels: of a thread. A batch of up to
+# STEP's rows is one block.
+FORWARD = {"rows": 32, "unroll": 8, "block": 128, "channels": 1}
+STEP = {"rows": 8, "unroll": 8, "block": 128, "channels": 1}
+BACKWARD = {"rows": 32, "unroll": 4, "block": 128, "channels": 1}
 CARRY = {"TILE": 64, "block": 16, "num_warps": 4}  # blocks scanned at once
 
 
@@ -43,7 +44,7 @@ def _channels(condition, col, C: tl.constexpr):
 @triton.jit(do_not_specialize=["f_b", "i_b", "T"])
 def _forward(
     f, f_b, f_t, i, i_b, i_t, initial, initial_n, after, m, last, decays, peaks, spans, T,
-    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With `m`: the rows, from `after` the blocks before. Without: each block's map, to `decays` and `peaks`."""
     N_BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
@@ -56,30 +57,31 @@ def _forward(
     i += b.to(tl.int64) * i_b + first.to(tl.int64) * i_t
     here = place.to(tl.int64) * C + col
     line = (b.to(tl.int64) * T + first) * C + col
-    forget, take = (), ()
-    for u in tl.static_range(ROWS):
-        mask = _channels(first + u < T, col, C)
-        forget = forget + (tl.load(f + u * f_t + col, mask=mask, other=0.0),)
-        take = take + (tl.load(i + u * i_t + col, mask=mask, other=0.0),)
-
     decay = tl.zeros([BLOCK], tl.float32)
     value = decay + float("-inf")
     if after is not None:
         value = tl.load(after + here - C, mask=_channels(first > 0, col, C), other=0.0)
-    for u in tl.static_range(ROWS):
-        t = first + u
-        n, start, end = span_of(spans, t, T, b)
-        if spans is not None or u == 0:
-            begins = (t == start) & (t < end)
-            at = initial + n.to(tl.int64) * initial_n + col
-            carried = tl.load(at, mask=_channels(begins, col, C), other=0.0).to(tl.float32)
-            value = tl.where(begins, carried, value)
-            decay = tl.where(begins, float("-inf"), decay)
-        decay = tl.where(t < end, decay + forget[u].to(tl.float32), decay)
-        stepped = tl.maximum(value + forget[u].to(tl.float32), take[u].to(tl.float32))
-        value = tl.where(t < end, stepped, value)
-        if m is not None:
-            tl.store(m + line + u * C, tl.where(t < end, value, 0.0), mask=_channels(t < T, col, C))
+    for group in range(ROWS // UNROLL):
+        r = group * UNROLL
+        forget, take = (), ()
+        for u in tl.static_range(UNROLL):
+            mask = _channels(first + r + u < T, col, C)
+            forget = forget + (tl.load(f + (r + u) * f_t + col, mask=mask, other=0.0),)
+            take = take + (tl.load(i + (r + u) * i_t + col, mask=mask, other=0.0),)
+        for u in tl.static_range(UNROLL):
+            t = first + r + u
+            n, start, end = span_of(spans, t, T, b)
+            if spans is not None or u == 0:
+                begins = (t == start) & (t < end)
+                at = initial + n.to(tl.int64) * initial_n + col
+                carried = tl.load(at, mask=_channels(begins, col, C), other=0.0).to(tl.float32)
+                value = tl.where(begins, carried, value)
+                decay = tl.where(begins, float("-inf"), decay)
+            decay = tl.where(t < end, decay + forget[u].to(tl.float32), decay)
+            stepped = tl.maximum(value + forget[u].to(tl.float32), take[u].to(tl.float32))
+            value = tl.where(t < end, stepped, value)
+            if m is not None:
+                tl.store(m + line + (r + u) * C, tl.where(t < end, value, 0.0), mask=_channels(t < T, col, C))
     if m is None:
         tl.store(decays + here, decay, mask=col < C)
         tl.store(peaks + here, value, mask=col < C)
@@ -117,7 +119,7 @@ def _carry(gains, owns, after, blocks, C: tl.constexpr, TILE: tl.constexpr, BLOC
 @triton.jit(do_not_specialize=["f_b", "i_b", "dm_b", "T"])
 def _backward(
     f, f_b, f_t, i, i_b, i_t, dm, dm_b, dm_t, initial, initial_n, m, dlast, before, df, di, dinitial, gains, owns,
-    spans, T, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    spans, T, C: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With `df`: the gradients, from what flows back to a block. Without: each block's map, to `gains` and `owns`."""
     N_BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
@@ -131,42 +133,44 @@ def _backward(
     dm += b.to(tl.int64) * dm_b + first.to(tl.int64) * dm_t
     here = place.to(tl.int64) * C + col
     line = (b.to(tl.int64) * T + first) * C + col
-    forget, take, past, given = (), (), (), ()
-    for u in tl.static_range(ROWS):
-        t = first + u
-        mask = _channels(t < T, col, C)
-        forget = forget + (tl.load(f + u * f_t + col, mask=mask, other=0.0),)
-        take = take + (tl.load(i + u * i_t + col, mask=mask, other=0.0),)
-        given = given + (tl.load(dm + u * dm_t + col, mask=mask, other=0.0),)
-        past = past + (tl.load(m + line + (u - 1) * C, mask=_channels((t > 0) & (t < T), col, C), other=0.0),)
-
     gain = tl.full([BLOCK], 1.0, tl.float32)
     h = tl.zeros([BLOCK], tl.float32)
     if before is not None:
         h = tl.load(before + here + C, mask=_channels(first + ROWS < T, col, C), other=0.0)
-    for u in tl.static_range(ROWS - 1, -1, -1):
-        t = first + u
-        n, start, end = span_of(spans, t, T, b)
-        m_before = past[u]
-        begins = (t == start) & (t < end)
-        if spans is not None or u == 0:
-            at = initial + n.to(tl.int64) * initial_n + col
-            carried = tl.load(at, mask=_channels(begins, col, C), other=0.0).to(tl.float32)
-            m_before = tl.where(begins, carried, m_before)
-        ends = (t == end - 1) & (t >= start)
-        final = tl.load(dlast + n.to(tl.int64) * C + col, mask=_channels(ends, col, C), other=0.0).to(tl.float32)
-        kept = m_before + forget[u].to(tl.float32)
-        taken = take[u].to(tl.float32)
-        share = tl.where(kept > taken, 1.0, tl.where(kept == taken, 0.5, 0.0))  # half each, as torch.maximum
-        gradient = given[u].to(tl.float32) + final + tl.where(ends, 0.0, h)
-        h = tl.where(t < end, share * gradient, h)
-        gain = tl.where(t < end, share * tl.where(ends, 0.0, gain), gain)
-        if df is not None:
+    for group in range(ROWS // UNROLL):
+        r = ROWS - (group + 1) * UNROLL
+        forget, take, past, given = (), (), (), ()
+        for u in tl.static_range(UNROLL):
+            t = first + r + u
             mask = _channels(t < T, col, C)
-            tl.store(df + line + u * C, tl.where(t < end, h, 0.0), mask=mask)
-            tl.store(di + line + u * C, tl.where(t < end, gradient - h, 0.0), mask=mask)
+            forget = forget + (tl.load(f + (r + u) * f_t + col, mask=mask, other=0.0),)
+            take = take + (tl.load(i + (r + u) * i_t + col, mask=mask, other=0.0),)
+            given = given + (tl.load(dm + (r + u) * dm_t + col, mask=mask, other=0.0),)
+            before_it = m + line + (r + u - 1) * C
+            past = past + (tl.load(before_it, mask=_channels((t > 0) & (t < T), col, C), other=0.0),)
+        for u in tl.static_range(UNROLL - 1, -1, -1):
+            t = first + r + u
+            n, start, end = span_of(spans, t, T, b)
+            m_before = past[u]
+            begins = (t == start) & (t < end)
             if spans is not None or u == 0:
-                tl.store(dinitial + n.to(tl.int64) * C + col, h, mask=_channels(begins, col, C))
+                at = initial + n.to(tl.int64) * initial_n + col
+                carried = tl.load(at, mask=_channels(begins, col, C), other=0.0).to(tl.float32)
+                m_before = tl.where(begins, carried, m_before)
+            ends = (t == end - 1) & (t >= start)
+            final = tl.load(dlast + n.to(tl.int64) * C + col, mask=_channels(ends, col, C), other=0.0).to(tl.float32)
+            kept = m_before + forget[u].to(tl.float32)
+            taken = take[u].to(tl.float32)
+            share = tl.where(kept > taken, 1.0, tl.where(kept == taken, 0.5, 0.0))  # half each, as torch.maximum
+            gradient = given[u].to(tl.float32) + final + tl.where(ends, 0.0, h)
+            h = tl.where(t < end, share * gradient, h)
+            gain = tl.where(t < end, share * tl.where(ends, 0.0, gain), gain)
+            if df is not None:
+                mask = _channels(t < T, col, C)
+                tl.store(df + line + (r + u) * C, tl.where(t < end, h, 0.0), mask=mask)
+                tl.store(di + line + (r + u) * C, tl.where(t < end, gradient - h, 0.0), mask=mask)
+                if spans is not None or u == 0:
+                    tl.store(dinitial + n.to(tl.int64) * C + col, h, mask=_channels(begins, col, C))
     if df is None:
         tl.store(gains + here, gain, mask=col < C)
         tl.store(owns + here, h, mask=col < C)
@@ -216,16 +220,14 @@ def _launch(f, i, state, last, cu_seqlens) -> Tensor:
         last.copy_(state)
         return m
     one_block = cu_seqlens is None and STEP["rows"] >= T
-    table = STEP | ({"rows": 1} if T == 1 else {}) if one_block else FORWARD
+    table = STEP | ({"rows": 1, "unroll": 1} if T == 1 else {}) if one_block else FORWARD
     shape, n_blocks = _tile(table, C)
     places = B * triton.cdiv(T, table["rows"])
     given = [*_rows_of(f, C), *_rows_of(i, C), state, C]
     spans = row_spans(T, cu_seqlens)
 
     def run(after=None, m=None, last=None, decays=None, peaks=None):
-        _forward[(places * n_blocks,)](
-            *given, after, m, last, decays, peaks, spans, T, C=C, ROWS=table["rows"], **shape
-        )
+        _forward[(places * n_blocks,)](*given, after, m, last, decays, peaks, spans, T, C=C, **shape)
 
     if one_block:
         run(m=m, last=last)
@@ -266,9 +268,7 @@ def _max_backward(
     spans = row_spans(T, cu_seqlens)
 
     def run(before=None, df=None, di=None, dinitial=None, gains=None, owns=None):
-        _backward[(places * n_blocks,)](
-            *given, before, df, di, dinitial, gains, owns, spans, T, C=C, ROWS=BACKWARD["rows"], **shape
-        )
+        _backward[(places * n_blocks,)](*given, before, df, di, dinitial, gains, owns, spans, T, C=C, **shape)
 
     gains, owns = m.new_empty(2, places, C)
     run(gains=gains, owns=owns)
@@ -303,4 +303,6 @@ def _rows_of(x: Tensor, C: int) -> tuple[Tensor, int, int]:
 def _tile(table: dict[str, int], C: int) -> tuple[dict[str, int], int]:
     """The kernel's options for C channels, and how many blocks of channels those are."""
     block = min(table["block"], triton.next_power_of_2(C))
-    return {"BLOCK": block, "num_warps": max(1, block // (32 * table["channels"]))}, triton.cdiv(C, block)
+    warps = max(1, block // (32 * table["channels"]))
+    options = {"ROWS": table["rows"], "UNROLL": table["unroll"], "BLOCK": block, "num_warps": warps}
+    return options, triton.cdiv(C, block)
