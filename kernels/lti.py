@@ -83,10 +83,12 @@ def _torch(u, A, B, C, P, Q, x0, cu_seqlens):
     rows = parts.permute(3, 0, 1, 2).contiguous().flatten(1, 2)  # [H, B n, C]
     inflow = (rows @ maps.write).unflatten(1, parts.shape[:2]).permute(1, 2, 0, 3).contiguous()
     inflow = _vectors(inflow, x0).unbind(1)
-    before, _ = chunks.carry(x0, lambda i, x: maps.step(x) + inflow[i])
+    before, end = chunks.carry(x0, lambda i, x: maps.step(x) + inflow[i])
     states = _pairs(before).permute(2, 0, 1, 3).flatten(1, 2)  # [H, B n, K]
     y = torch.baddbmm(rows @ maps.within, states, maps.read).unflatten(1, parts.shape[:2]).permute(1, 2, 3, 0)
 
+    if cu_seqlens is None and time == chunks.count * size:
+        return chunks.join(y), end
     # The last chunk of a sequence may be filled up in part: go from its start by as many tokens as it has.
     if cu_seqlens is None:
         used = torch.full((u.shape[0],), time - (chunks.count - 1) * size, device=u.device)
