@@ -58,11 +58,11 @@ def store_matrix(base, x, C: tl.constexpr):
 
 
 @triton.jit
-def sibling(x, HALF: tl.constexpr):
-    """[R, K]: of each row the one in the same place of the neighbouring block of HALF rows; x >= 0."""
+def sibling(x):
+    """[R, K]: every row exchanged with its neighbour, 2 i with 2 i + 1."""
     R: tl.constexpr = x.shape[0]
     K: tl.constexpr = x.shape[1]
-    bits = x.to(tl.int32, bitcast=True).reshape(R // (2 * HALF), 2, HALF, K)
+    bits = x.to(tl.int32, bitcast=True).reshape(R // 2, 2, K)
     both = tl.sum(bits, 1, keep_dims=True).to(tl.int64)  # wraps, and back
     return (both - bits.to(tl.int64)).to(tl.int32).to(tl.float32, bitcast=True).reshape(R, K)
 
@@ -70,61 +70,75 @@ def sibling(x, HALF: tl.constexpr):
 @triton.jit
 def crossing(row, LEVEL: tl.constexpr):
     """The pairs of a reader in the second of two blocks of 2^LEVEL tokens and a writer in the first."""
-    return (((row[:, None] ^ row[None, :]) >> LEVEL) == 1) & (row[:, None] > row[None, :])
+    block = row >> LEVEL
+    before = tl.where(block % 2 == 1, block - 1, -1)
+    return before[:, None] == block[None, :]
+
+
+@triton.jit
+def pairs(products, row, LEVEL: tl.constexpr):
+    """The products of the pairs `crossing`, else 0."""
+    if LEVEL >= 3:
+        return tl.where(crossing(row, LEVEL), products, 0.0)
+    # In two steps, of which few different conditions need a register: a thread's pairs share their place within 8 x 8.
+    near = tl.where(crossing(row % 8, LEVEL), products, 0.0)
+    return tl.where((row >> 3)[:, None] == (row >> 3)[None, :], near, 0.0)
 
 
 @triton.jit
 def by_halves(
     r1, r2, w1, w2, decay, s11, s12, s21, s22, row,
-    C: tl.constexpr, WARPS: tl.constexpr, READERS: tl.constexpr, WRITERS: tl.constexpr,
+    C: tl.constexpr, READERS: tl.constexpr, WRITERS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds this block of columns to the scores s[reader][writer] of all pairs of two tokens, reader after writer.
+    """Adds this block of columns to the scores s[reader][writer] of all pairs, reader after writer, but `neighbours`.
 
     r, w, decay: [C, BLOCK]; inclusive readers come with their own token's decay. A second reader or writer that is not
     there (READERS, WRITERS) is any tensor, and comes back. Returns the scores, the readers decayed since the chunk's
-    start, the writers decayed to its end, and the whole decay, [WARPS, BLOCK] with equal rows.
+    start, the writers decayed to its end, and the whole decay, [1, BLOCK].
     """
     BLOCK: tl.constexpr = decay.shape[1]
     LEVELS: tl.constexpr = 6
     tl.static_assert(C == 1 << LEVELS)
-    OWN: tl.constexpr = C // WARPS  # tokens of a warp: larger blocks' decays are a row a warp
-    whole = decay
-    wholes = tl.zeros([WARPS, BLOCK], tl.float32)
+    whole = decay  # a row a block
     for LEVEL in tl.static_range(LEVELS):
-        met = crossing(row, LEVEL)
-        s11 += tl.where(met, dot(r1, tl.trans(w1), DOT, PRECISION), 0.0)
-        if WRITERS == 2:
-            s12 += tl.where(met, dot(r1, tl.trans(w2), DOT, PRECISION), 0.0)
-        if READERS == 2:
-            s21 += tl.where(met, dot(r2, tl.trans(w1), DOT, PRECISION), 0.0)
+        if LEVEL > 0:
+            s11 += pairs(dot(r1, tl.trans(w1), DOT, PRECISION), row, LEVEL)
             if WRITERS == 2:
-                s22 += tl.where(met, dot(r2, tl.trans(w2), DOT, PRECISION), 0.0)
-        if (1 << LEVEL) < OWN:
-            other = sibling(whole, 1 << LEVEL)
-            whole *= other
-        else:
-            if (1 << LEVEL) == OWN:
-                wholes = tl.max(whole.reshape(WARPS, OWN, BLOCK), 1)  # they are equal
-            found = sibling(wholes, (1 << LEVEL) // OWN)
-            wholes *= found
-            other = tl.broadcast_to(found[:, None, :], (WARPS, OWN, BLOCK)).reshape(C, BLOCK)
+                s12 += pairs(dot(r1, tl.trans(w2), DOT, PRECISION), row, LEVEL)
+            if READERS == 2:
+                s21 += pairs(dot(r2, tl.trans(w1), DOT, PRECISION), row, LEVEL)
+                if WRITERS == 2:
+                    s22 += pairs(dot(r2, tl.trans(w2), DOT, PRECISION), row, LEVEL)
+        found = sibling(whole)
+        whole = tl.max((whole * found).reshape(C >> (LEVEL + 1), 2, BLOCK), 1)  # the two are equal
+        other = tl.broadcast_to(found[:, None, :], (C >> LEVEL, 1 << LEVEL, BLOCK)).reshape(C, BLOCK)
         second = ((row >> LEVEL) % 2 == 1)[:, None]
-        late = tl.where(second, other, 1.0)
-        early = tl.where(second, 1.0, other)
-        r1 *= late
-        w1 *= early
+        r1 = tl.where(second, r1 * other, r1)
+        w1 = tl.where(second, w1, w1 * other)
         if READERS == 2:
-            r2 *= late
+            r2 = tl.where(second, r2 * other, r2)
         if WRITERS == 2:
-            w2 *= early
-    return s11, s12, s21, s22, r1, r2, w1, w2, wholes
+            w2 = tl.where(second, w2, w2 * other)
+    return s11, s12, s21, s22, r1, r2, w1, w2, whole
 
 
 @triton.jit
-def with_diagonal(scores, own, row):
-    """scores, with `own` [C] added to the diagonal."""
-    return scores + tl.where(row[:, None] == row[None, :], own[:, None], 0.0)
+def neighbours(r, w):
+    """[C]: each second token's reader times the first one's writer, of the blocks of one token that `by_halves` skips.
+
+    Sums along rows are cheaper than another product, and exact.
+    """
+    return tl.sum(r * sibling(w), 1)
+
+
+@triton.jit
+def with_near(scores, own, near, row):
+    """scores, with the products of tokens with themselves, `own` [C], and with their neighbours."""
+    second = crossing(row, 0)
+    if own is not None:
+        scores += tl.where(row[:, None] == row[None, :], own[:, None], 0.0)
+    return scores + tl.where(second, near[:, None], 0.0)
 
 
 @triton.jit
@@ -142,11 +156,10 @@ def inverse(A, row, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def store_whole(base, c, K, wholes):
-    """The whole decay [K] from its equal rows."""
-    copy = tl.arange(0, wholes.shape[0])[:, None]
-    col = c + tl.arange(0, wholes.shape[1])[None, :]
-    tl.store(base + col + copy * 0, wholes, mask=(copy == 0) & (col < K))
+def store_whole(base, c, K, whole):
+    """The whole decay [1, BLOCK] of columns from c on."""
+    col = c + tl.arange(0, whole.shape[1])[None, :]
+    tl.store(base + col, whole, mask=col < K)
 
 
 def chunk_matrices(like: Tensor, chunks: Segments, H: int) -> Tensor:

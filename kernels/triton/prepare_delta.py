@@ -13,11 +13,12 @@ from subquad.kernels.triton.prepare import (
     inverse,
     launch,
     load_rows,
+    neighbours,
     row_tensor,
     store_matrix,
     store_rows,
     store_whole,
-    with_diagonal,
+    with_near,
 )
 from subquad.kernels.triton.segments import Segments, segment_bounds
 from subquad.kernels.triton.tiles import cumulated, dot, rows
@@ -108,16 +109,22 @@ def prepare_delta_kernel(
     P0 = tl.zeros([C, C], tl.float32)
     A = tl.zeros([C, C], tl.float32)
     own = tl.zeros([C], tl.float32)
+    near = tl.zeros([C], tl.float32)
+    near_key = tl.zeros([C], tl.float32)
     for c in range(0, K, BLOCK_K):
         reader = load_rows(q, q_t, 1, count, c, K, C, BLOCK_K, WARPS)
         key = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
         if GATE == 2:
             decay = tl.exp(load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS))
             own += tl.sum(reader * key, 1)
-            P0, _s12, A, _s22, reader, late, key, _w2, wholes = by_halves(
-                reader * decay, key * decay, key, key, decay, P0, P0, A, A, row, C, WARPS, 2, 1, DOT, PRECISION
+            reader *= decay
+            late = key * decay
+            near += neighbours(reader, key)
+            near_key += neighbours(late, key)
+            P0, _s12, A, _s22, reader, late, key, _w2, total = by_halves(
+                reader, late, key, key, decay, P0, P0, A, A, row, C, 2, 1, DOT, PRECISION
             )
-            store_whole(whole + here * K, c, K, wholes)
+            store_whole(whole + here * K, c, K, total)
             store_rows(Q + out, line, count, c, K, reader, C, BLOCK_K, WARPS)
             if REVERSE:
                 store_rows(W + out, line, count, c, K, key, C, BLOCK_K, WARPS)
@@ -140,7 +147,8 @@ def prepare_delta_kernel(
             else:
                 store_rows(F + out, line, count, c, K, key, C, BLOCK_K, WARPS)
     if GATE == 2:
-        P0 = with_diagonal(P0, own, row)
+        P0 = with_near(P0, own, near, row)
+        A = with_near(A, None, near_key, row)
         tl.debug_barrier()
     elif GATE == 1:
         gap = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])

@@ -12,11 +12,12 @@ from subquad.kernels.triton.prepare import (
     chunk_matrices,
     launch,
     load_rows,
+    neighbours,
     row_tensor,
     store_matrix,
     store_rows,
     store_whole,
-    with_diagonal,
+    with_near,
 )
 from subquad.kernels.triton.segments import Segments, segment_bounds
 from subquad.kernels.triton.tiles import rows
@@ -76,6 +77,7 @@ def prepare_linear_kernel(
 
     scores = tl.zeros([C, C], tl.float32)
     own = tl.zeros([C], tl.float32)
+    near = tl.zeros([C], tl.float32)
     for c in range(0, K, BLOCK_K):
         reader = load_rows(q, q_t, 1, count, c, K, C, BLOCK_K, WARPS)
         writer = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
@@ -87,12 +89,11 @@ def prepare_linear_kernel(
         if not EXCLUSIVE:
             own += tl.sum(reader * writer, 1)
             reader *= decay
-        scores, _s12, _s21, _s22, reader, _r2, writer, _w2, wholes = by_halves(
-            reader, reader, writer, writer, decay, scores, scores, scores, scores, row, C, WARPS, 1, 1, DOT, PRECISION
+        near += neighbours(reader, writer)
+        scores, _s12, _s21, _s22, reader, _r2, writer, _w2, total = by_halves(
+            reader, reader, writer, writer, decay, scores, scores, scores, scores, row, C, 1, 1, DOT, PRECISION
         )
         store_rows(q_s + out, H * K, count, c, K, reader, C, BLOCK_K, WARPS)
         store_rows(k_e + out, H * K, count, c, K, writer, C, BLOCK_K, WARPS)
-        store_whole(whole + here * K, c, K, wholes)
-    if not EXCLUSIVE or bonus is not None:
-        scores = with_diagonal(scores, own, row)
-    store_matrix(P + here * C * C, scores, C)
+        store_whole(whole + here * K, c, K, total)
+    store_matrix(P + here * C * C, with_near(scores, own, near, row), C)
