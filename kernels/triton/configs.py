@@ -45,6 +45,7 @@ _PREPARE = Kernel(
 )
 
 _GRADIENT = {"BLOCK_K": (16, 32, 64, 128), "BLOCK_V": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)}
+_GRADIENT_32 = {"BLOCK_K": 32, "BLOCK_V": 64, "num_stages": 1}
 
 # A width is any integer that a launcher passes by name; one that an entry leaves out may be anything.
 SHIPPED: dict[str, Kernel] = {
@@ -73,17 +74,13 @@ SHIPPED: dict[str, Kernel] = {
         default={"BLOCK_V": 16, "num_warps": 2, "num_stages": 1},
         candidates={"BLOCK_V": (16, 32, 64), "num_warps": (1, 2, 4, 8), "num_stages": (1,)},
     ),
-    # All chunks side by side, some columns of K a program, with tiles of 64 tokens: up to eight such accumulators with
-    # the gates' three. `gates`: 0 none, 1 one a head, 2 one a channel.
+    # All chunks side by side, BLOCK_K columns a program; `gates`: 0 none, 1 one a head, 2 one a channel. The tiles of 64
+    # tokens and the products of 64 x 64 fill the registers: wider blocks than these spill.
     "linear_gradient": Kernel(
         default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
         candidates=_GRADIENT,
         entries=(
-            Entry(
-                H200,
-                {"K": 256, "V": 256, "size": 2},
-                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 2},
-            ),
+            Entry(H200, {"K": 256, "V": 256, "size": 2}, _GRADIENT_32 | {"num_warps": 4}),
         ),
     ),
     "delta_gradient": Kernel(
@@ -93,24 +90,16 @@ SHIPPED: dict[str, Kernel] = {
             Entry(
                 H200,
                 {"K": 256, "V": 256, "size": 2, "gates": 1},
-                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 2},
-            ),
-            Entry(
-                H200,
-                {"K": 256, "V": 256, "size": 2, "gates": 2},
                 {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 8, "num_stages": 2},
             ),
+            Entry(H200, {"K": 256, "V": 256, "size": 2, "gates": 2}, _GRADIENT_32 | {"num_warps": 4}),
         ),
     ),
     "dplr_gradient": Kernel(
         default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 8, "num_stages": 1},
         candidates=_GRADIENT,
-        entries=(
-            Entry(
-                H200,
-                {"K": 256, "V": 256, "size": 2},
-                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 8, "num_stages": 2},
-            ),
+        entries=(Entry(H200, {"K": 256, "V": 256, "size": 2}, _GRADIENT_32 | {"num_warps": 8}),),
+    ),
         ),
     ),
 }
