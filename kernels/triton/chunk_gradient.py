@@ -43,11 +43,11 @@ def _decay(counts, gate, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """
     weight = tl.where(counts, 1.0, 0.0).to(DOT)
     high = gate.to(DOT)
-    if DOT == tl.float32:
-        total = tl.dot(weight, high, input_precision="ieee" if PRECISION == "ieee" else "tf32x3")
-    else:
+    if high.dtype.primitive_bitwidth == 16:
         total = tl.dot(weight, (gate - high.to(tl.float32)).to(DOT))
         total = tl.dot(weight, high, total)
+    else:
+        total = tl.dot(weight, high, input_precision="ieee" if PRECISION == "ieee" else "tf32x3")
     return tl.exp(total)
 
 
@@ -186,8 +186,8 @@ def chunk_gradient(
 
     # The share of the pairs within the chunk but for each token with itself, whom no decay stands between.
     if VECTOR:
-        # Two neighbouring blocks of 1, 2, 4, .. tokens meet: readers of the second, decayed since its start, and writers
-        # of the first, decayed until its end. So no exponent is above zero, and none is a difference.
+        # Two neighbouring blocks of 1, 2, 4, .. tokens meet: readers of the second, decayed since its start, and
+        # writers of the first, decayed until its end. So no exponent is above zero, and none is a difference.
         for level in range(LEVELS):
             # Of each row, which rows' decays it takes and whom it meets: what depends on the level is one-dimensional
             # first, or the compiler keeps whole matrices of indices in registers through the loop.

@@ -74,14 +74,12 @@ SHIPPED: dict[str, Kernel] = {
         default={"BLOCK_V": 16, "num_warps": 2, "num_stages": 1},
         candidates={"BLOCK_V": (16, 32, 64), "num_warps": (1, 2, 4, 8), "num_stages": (1,)},
     ),
-    # All chunks side by side, BLOCK_K columns a program; `gates`: 0 none, 1 one a head, 2 one a channel. The tiles of 64
-    # tokens and the products of 64 x 64 fill the registers: wider blocks than these spill.
+    # All chunks side by side, BLOCK_K columns a program; `gates`: 0 none, 1 one a head, 2 one a channel. Tiles of 64
+    # tokens and products of 64 x 64 fill the registers: wider blocks than these spill.
     "linear_gradient": Kernel(
         default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
         candidates=_GRADIENT,
-        entries=(
-            Entry(H200, {"K": 256, "V": 256, "size": 2}, _GRADIENT_32 | {"num_warps": 4}),
-        ),
+        entries=(Entry(H200, {"K": 256, "V": 256, "size": 2}, _GRADIENT_32 | {"num_warps": 4}),),
     ),
     "delta_gradient": Kernel(
         default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
@@ -99,8 +97,6 @@ SHIPPED: dict[str, Kernel] = {
         default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 8, "num_stages": 1},
         candidates=_GRADIENT,
         entries=(Entry(H200, {"K": 256, "V": 256, "size": 2}, _GRADIENT_32 | {"num_warps": 8}),),
-    ),
-        ),
     ),
 }
 
