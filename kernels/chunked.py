@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.kernels.wrapping import once_differentiable
+from subquad.kernels.operators import operator
 
 CHUNK = 64  # tokens; a power of two
 
@@ -106,16 +106,18 @@ def decayed_products(queries: list[Query], keys: list[Tensor], g: Tensor | None)
 def _by_halves(queries: list[Query], keys: list[Tensor], e: Tensor) -> Products:
     """For a vector decay e = exp(g), [B, n, H, C, K]: one product a level for all pairs of queries and keys."""
     decayed, own = [not q.exclusive for q in queries], [q.own for q in queries]
-    scores, late, early, whole = _pair_by_halves([q.x for q in queries], keys, e, decayed, own)
+    rows = (torch.stack(x, 4) for x in ([q.x for q in queries], keys))
+    scores, late, early, whole = _pair_by_halves(*rows, e, decayed, own)
     pairs = [list(row.unbind(0)) for row in scores.unbind(0)]
     return Products(pairs, list(late.unbind(4)), list(early.unbind(4)), whole[..., None])
 
 
-@torch.library.custom_op("subquad::pair_by_halves", mutates_args=())
+@operator("pair_by_halves")
 def _pair_by_halves(
-    queries: list[Tensor], keys: list[Tensor], e: Tensor, decayed: list[bool], own: list[bool]
+    queries: Tensor, keys: Tensor, e: Tensor, decayed: list[bool], own: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> scores [R, Q, B, n, H, C, C] of R queries and Q keys, late [.., C, R, K], early [.., C, Q, K], whole [.., K].
+    """queries [B, n, H, C, R, K] and keys [.., C, Q, K] -> scores [R, Q, B, n, H, C, C], late and early as queries and
+    keys, whole [.., K].
 
     `decayed`: the queries that read after their own token's decay; `own`: those that read its key, undecayed.
 
@@ -126,7 +128,7 @@ def _pair_by_halves(
     """
     at, whole = e.shape[:3], e.flatten(0, 2)
     late, early = _rows(queries), _rows(keys)
-    scores = late.new_zeros(len(queries), len(keys), *whole.shape[:2], whole.shape[1])
+    scores = late.new_zeros(late.shape[2], early.shape[2], *whole.shape[:2], whole.shape[1])
     for r in _true(own):
         scores[r].diagonal(dim1=2, dim2=3).copy_((late[:, :, r, None] * early).sum(3).permute(2, 0, 1))
     for r in _true(decayed):
@@ -142,14 +144,14 @@ def _pair_by_halves(
 @_pair_by_halves.register_fake
 def _(queries, keys, e, decayed, own):
     *at, C, K = e.shape
-    late, early = (e.new_empty(*at, C, len(x), K) for x in (queries, keys))
-    return e.new_empty(len(queries), len(keys), *at, C, C), late, early, e.new_empty(*at, K)
+    late, early = (e.new_empty(x.shape) for x in (queries, keys))
+    return e.new_empty(queries.shape[4], keys.shape[4], *at, C, C), late, early, e.new_empty(*at, K)
 
 
-@torch.library.custom_op("subquad::pair_by_halves_backward", mutates_args=())
+@operator("pair_by_halves_backward")
 def _pair_by_halves_backward(
-    queries: list[Tensor],
-    keys: list[Tensor],
+    queries: Tensor,
+    keys: Tensor,
     e: Tensor,
     decayed: list[bool],
     own: list[bool],
@@ -193,24 +195,20 @@ def _pair_by_halves_backward(
 
 @_pair_by_halves_backward.register_fake
 def _(queries, keys, e, *rest):
-    return *(e.new_empty(*e.shape[:4], len(x), e.shape[4]) for x in (queries, keys)), e.new_empty(e.shape)
+    return *(e.new_empty(x.shape) for x in (queries, keys)), e.new_empty(e.shape)
 
 
 def _save(ctx, inputs, output):
     queries, keys, e, *ctx.kinds = inputs
-    ctx.n_queries = len(queries)
-    ctx.save_for_backward(*queries, *keys, e)
+    ctx.save_for_backward(queries, keys, e)
 
 
 def _backward(ctx, *grads):
-    *rows, e = ctx.saved_tensors
-    queries, keys = rows[: ctx.n_queries], rows[ctx.n_queries :]
-    d_late, d_early, d_e = _pair_by_halves_backward(queries, keys, e, *ctx.kinds, *grads)
-    return list(d_late.unbind(4)), list(d_early.unbind(4)), d_e, None, None
+    return *_pair_by_halves_backward(*ctx.saved_tensors, *ctx.kinds, *grads), None, None
 
 
 _pair_by_halves.register_autograd(_backward, setup_context=_save)
-once_differentiable(_pair_by_halves_backward, "the chunked form of a decay for every channel")
+_pair_by_halves_backward.once_differentiable("the chunked form of a decay for every channel")
 
 
 def _halves(e: Tensor) -> list[int]:
@@ -221,9 +219,9 @@ def _true(flags: list[bool]) -> list[int]:
     return [r for r, flag in enumerate(flags) if flag]
 
 
-def _rows(xs: list[Tensor]) -> Tensor:
-    """[N, C, R, K] of R tensors [B, n, H, C, K]: a token's rows side by side, so that a block is one matrix."""
-    return torch.stack(xs, 4).flatten(0, 2)
+def _rows(x: Tensor) -> Tensor:
+    """[B, n, H, C, R, K] -> a copy [B n H, C, R, K], contiguous."""
+    return x.flatten(0, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _half(x: Tensor, half: int, which: int) -> Tensor:

@@ -12,7 +12,7 @@ from subquad.kernels.backend import pick, register
 from subquad.kernels.chunked import Query, chunk_size, decayed_products, solve_lower
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision
+from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, too_wide
 
 
 def delta_rule(
@@ -48,17 +48,32 @@ def delta_rule(
     H, G = v.shape[3], q.shape[2]
     if H % G:
         raise UserError(f"delta_rule: {G} heads of q and k do not divide the {H} heads of v")
-    form = pick("delta_rule", _FORMS, v)
-    dtype = accumulator_dtype(v.dtype)
+    form = pick("delta_rule", _FORMS, v, too_wide(q, v))
     with full_precision(v):
+        out, last = form(q, k, v, beta, expand_decay(decay, v[:, :, 0]), state, cu_seqlens)
+    return out, None if state is None else commit(state, last)
+
+
+def _in_torch(recurrence):
+    """The form around a recurrence on tensors of the accumulator's type, with q and k for every head."""
+
+    def form(q, k, v, beta, g, S, cu_seqlens):
+        dtype, repeat = accumulator_dtype(v.dtype), v.shape[3] // q.shape[2]
         n_seqs = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        S = v.new_zeros(n_seqs, H, q.shape[-1], v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
-        g = expand_decay(decay, v[:, :, 0])
-        q, k, v_, beta = (x.to(dtype) for x in (q, k, v, beta))
-        if G != H:
-            q, k = q.repeat_interleave(H // G, 2), k.repeat_interleave(H // G, 3)
-        out, last = form(q, k, v_, beta, g, S, cu_seqlens)
-    return out.to(v.dtype), None if state is None else commit(state, last)
+        if S is None:
+            S = v.new_zeros(n_seqs, v.shape[3], q.shape[-1], v.shape[-1], dtype=dtype)
+        if repeat > 1:
+            q, k = q.repeat_interleave(repeat, 2), k.repeat_interleave(repeat, 3)
+        out, last = recurrence(*(x.to(dtype) for x in (q, k, v, beta)), g, S.to(dtype), cu_seqlens)
+        return out.to(v.dtype), last
+
+    return form
+
+
+def _triton(*arguments):
+    from subquad.kernels.triton.delta_rule import form
+
+    return form(*arguments)
 
 
 def _naive(q, k, v, beta, g, S, cu_seqlens):
@@ -125,4 +140,4 @@ def _spread(x: Tensor, factor: int, R: int) -> Tensor:
     return F.pad(x.unsqueeze(3), (0, 0) * (x.dim() - 3) + (factor, R - 1 - factor)).flatten(2, 3)
 
 
-_FORMS = register("delta_rule", naive=_naive, torch=_chunked)
+_FORMS = register("delta_rule", naive=_in_torch(_naive), torch=_in_torch(_chunked), triton=_triton)

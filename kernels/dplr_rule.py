@@ -10,7 +10,7 @@ from subquad.kernels.backend import pick, register
 from subquad.kernels.chunked import Query, chunk_size, decayed_products, solve_lower
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision
+from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, too_wide
 
 
 def dplr_rule(
@@ -39,14 +39,30 @@ def dplr_rule(
     Cost: O(T H (K V + C (K + V))) to train with chunks of C, O(H K V) a decoded token, state H K V.
     """
     check_packed(v, cu_seqlens)
-    form = pick("dplr_rule", _FORMS, v)
-    dtype = accumulator_dtype(v.dtype)
+    form = pick("dplr_rule", _FORMS, v, too_wide(q, v))
     with full_precision(v):
-        n_seqs = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        shape = n_seqs, v.shape[2], q.shape[-1], v.shape[-1]
-        S = v.new_zeros(shape, dtype=dtype) if state is None else state.to(dtype)
-        out, last = form(*(x.to(dtype) for x in (q, k, v, a, b)), expand_decay(decay, v), S, cu_seqlens)
-    return out.to(v.dtype), None if state is None else commit(state, last)
+        out, last = form(q, k, v, a, b, expand_decay(decay, v), state, cu_seqlens)
+    return out, None if state is None else commit(state, last)
+
+
+def _in_torch(recurrence):
+    """The form around a recurrence on tensors of the accumulator's type."""
+
+    def form(q, k, v, a, b, g, S, cu_seqlens):
+        dtype = accumulator_dtype(v.dtype)
+        if S is None:
+            n_seqs = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+            S = v.new_zeros(n_seqs, v.shape[2], q.shape[-1], v.shape[-1], dtype=dtype)
+        out, last = recurrence(*(x.to(dtype) for x in (q, k, v, a, b)), g, S.to(dtype), cu_seqlens)
+        return out.to(v.dtype), last
+
+    return form
+
+
+def _triton(*arguments):
+    from subquad.kernels.triton.dplr_rule import form
+
+    return form(*arguments)
 
 
 def _naive(q, k, v, a, b, g, S, cu_seqlens):
@@ -99,4 +115,4 @@ def _chunked(q, k, v, a, b, g, S, cu_seqlens):
     return chunks.join(out.transpose(2, 3)), last
 
 
-_FORMS = register("dplr_rule", naive=_naive, torch=_chunked)
+_FORMS = register("dplr_rule", naive=_in_torch(_naive), torch=_in_torch(_chunked), triton=_triton)

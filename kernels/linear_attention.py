@@ -11,7 +11,7 @@ from subquad.kernels.backend import pick, register
 from subquad.kernels.chunked import Decay, Query, chunk_size, decayed_products, decayed_scores
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision
+from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, too_wide
 
 LinearState = Tensor | tuple[Tensor, Tensor]
 
@@ -46,7 +46,7 @@ def linear_attention(
     Cost: O(T H K V) to train, O(H K V) a decoded token, state H K V. Second derivatives are those of autograd.
     """
     _check(q, k, v, decay, exclusive, bonus, causal, state, cu_seqlens)
-    form = pick("linear_attention", _FORMS, v, _unfit(q, v))
+    form = pick("linear_attention", _FORMS, v, too_wide(q, v))
     has_z = normalizer is not None
     S, z = state if isinstance(state, tuple) else (state, None)
     if not causal:
@@ -78,12 +78,6 @@ def _check(q, k, v, decay, exclusive, bonus, causal, state, cu_seqlens) -> None:
         raise UserError(
             "linear_attention: causal=False sums whole sequences; it takes no decay, exclusive read or state"
         )
-
-
-def _unfit(q: Tensor, v: Tensor) -> str | None:
-    """Why the Triton form cannot take these, if so."""
-    widest = max(q.shape[-1], v.shape[-1])
-    return f"a width of {widest} (at most 256)" if widest > 256 else None
 
 
 def _in_torch(recurrence):

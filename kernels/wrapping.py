@@ -39,6 +39,12 @@ def expand_decay(decay: Tensor | None, v: Tensor) -> Tensor | None:
     return g
 
 
+def too_wide(q: Tensor, v: Tensor) -> str | None:
+    """Why the Triton form of a matrix-state op cannot take these, if so."""
+    widest = max(q.shape[-1], v.shape[-1])
+    return f"a width of {widest}, above 256" if widest > 256 else None
+
+
 def by_sequence(
     form: Callable[..., tuple], inputs: Sequence[Tensor | None], states: Sequence[Tensor], cu_seqlens: Tensor
 ) -> tuple:
@@ -56,12 +62,3 @@ def by_sequence(
     total = next(x.shape[1] for x in inputs if x is not None)
     outs.append(outs[0].new_zeros(1, total - bounds[-1], *outs[0].shape[2:]))
     return (torch.cat(outs, 1), *(torch.cat(parts) for parts in zip(*lasts, strict=True)))
-
-
-def once_differentiable(backward_op: torch.library.CustomOpDef, name: str) -> None:
-    """Make a second derivative through `backward_op` an error instead of a wrong number."""
-
-    def refuse(ctx, *grads):
-        raise UserError(f"{name} has no second derivative on this backend; use backend('naive') for double backward")
-
-    backward_op.register_autograd(refuse)

@@ -3,17 +3,26 @@
 import torch
 from torch import Tensor
 
+from subquad.errors import UserError
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.carry import Pass, States
 from subquad.kernels.triton.gates import cumulate, gate_gradient
 from subquad.kernels.triton.segments import Segments, clear_padding, segments
-from subquad.kernels.triton.tiles import accumulating, in_place, rows
+from subquad.kernels.triton.step import few, step
+from subquad.kernels.triton.tiles import accumulating, in_place, new_state, rows, sum_heads
+from subquad.kernels.triton.vector_decay import vector_decay
 
 
 def form(q, k, v, g, S, z, normalized, exclusive, bonus, cu_seqlens):
     """As subquad.kernels.linear_attention calls it: (out, denominators or None, S, z)."""
+    if in_place(S, z) and few(q, cu_seqlens):
+        out, den = linear_attention_step_(q, k, v, g, S, z, bonus, cu_seqlens, exclusive)
+        return out, den if normalized else None, S, z
     if g is not None and g.dim() == 4:
-        raise NotImplementedError
+        if normalized:
+            raise UserError("linear_attention: the Triton form has no normalizer with a decay for every channel")
+        out, last = vector_decay(q, k, v, g, S, exclusive, bonus, cu_seqlens)
+        return out, None, last, None
     if in_place(S, z):
         out, den = linear_attention_triton_(q, k, v, g, S, z, cu_seqlens, normalized, exclusive)
         last, z_last = S, z
@@ -25,6 +34,24 @@ def form(q, k, v, g, S, z, normalized, exclusive, bonus, cu_seqlens):
         own = (q.float() * k.float()).repeat_interleave(repeat, 2) if repeat > 1 else q.float() * k.float()
         out = (out + (own * bonus.float()).sum(-1, keepdim=True) * v).to(v.dtype)
     return out, den if normalized else None, last, z_last if normalized else None
+
+
+@operator("linear_attention_step_", mutates_args=("S", "z"))
+def linear_attention_step_(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor, z: Tensor | None, bonus: Tensor | None,
+    cu_seqlens: Tensor | None, exclusive: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A few tokens, the new state written into S and z: (out, denominators, empty without z)."""
+    out, den = step(
+        q, k, v, g, S, exclusive=exclusive, bonus=bonus, normalized=z is not None, z=z, cu_seqlens=cu_seqlens,
+        last=S, z_last=z,
+    )  # fmt: skip
+    return out, new_state(None, v) if den is None else den
+
+
+@linear_attention_step_.register_fake
+def _(q, k, v, g, S, z, bonus, cu_seqlens, exclusive):
+    return _outputs(q, v, None, z is not None, 0)[:2]
 
 
 @operator("linear_attention_triton")
@@ -117,10 +144,7 @@ def linear_attention_triton_backward(
         dg = gate_gradient(up, down, _edge(ends, after), within, exclusive)
     for x in (dq, dk, dv, dg):
         clear_padding(x, cu_seqlens)
-    G = q.shape[2]
-    if v.shape[2] != G:
-        dq, dk = (x.unflatten(2, (G, -1)).sum(3) for x in (dq, dk))
-    return dq, dk, dv, dg, dS0, dz0
+    return sum_heads(dq, q.shape[2]), sum_heads(dk, q.shape[2]), dv, dg, dS0, dz0
 
 
 def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Segments:

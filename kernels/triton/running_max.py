@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.operators import operator
 from subquad.kernels.triton.spans import row_spans, span_of
 from subquad.kernels.triton.tiles import rows
-from subquad.kernels.wrapping import once_differentiable
 
 # rows: of a block; unroll: loaded together; block: channels of a program; channels: of a thread. A batch of up to
 # STEP's rows is one block.
@@ -182,7 +182,7 @@ def form(f: Tensor, i: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tupl
     return _max(f, i, state, cu_seqlens)
 
 
-@torch.library.custom_op("subquad::running_max_triton", mutates_args=())
+@operator("running_max_triton")
 def _max(f: Tensor, i: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     last = torch.empty_like(state, memory_format=torch.contiguous_format)
     return _launch(f, i, state.contiguous(), last, cu_seqlens), last
@@ -193,7 +193,7 @@ def _(f, i, state, cu_seqlens):
     return _out(i), torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("subquad::running_max_triton_", mutates_args=("state",))
+@operator("running_max_triton_", mutates_args=("state",))
 def _max_in_place(f: Tensor, i: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     last = state.contiguous()
     m = _launch(f, i, last, last, cu_seqlens)
@@ -252,7 +252,7 @@ def _carried(gains: Tensor, owns: Tensor, B: int, C: int, *, forwards: bool) -> 
     return after
 
 
-@torch.library.custom_op("subquad::running_max_triton_backward", mutates_args=())
+@operator("running_max_triton_backward")
 def _max_backward(
     dm: Tensor, dlast: Tensor, f: Tensor, i: Tensor, state: Tensor, m: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,7 +291,7 @@ def _gradients(ctx, dm, dlast):
 
 
 _max.register_autograd(_gradients, setup_context=_save)
-once_differentiable(_max_backward, "running_max")
+_max_backward.once_differentiable("running_max")
 
 
 def _rows_of(x: Tensor, C: int) -> tuple[Tensor, int, int]:

@@ -134,9 +134,9 @@ def _clear(x, cu_seqlens, n_seqs, total, WIDTH, ROWS: tl.constexpr, BLOCK: tl.co
                     tl.store(x + here.to(tl.int64) * WIDTH + col, zero, mask=col < WIDTH)
 
 
-def clear_padding(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def clear_padding(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
     """Zero the rows of x [1, T, ...] past the last sequence, in place."""
-    if cu_seqlens is not None and x.numel():
+    if x is not None and cu_seqlens is not None and x.numel():
         width = x[0, 0].numel()
         grid = (triton.cdiv(x.shape[1], 64),)
         _clear[grid](x, cu_seqlens, cu_seqlens.numel() - 1, x.shape[1], width, ROWS=64, BLOCK=1024)

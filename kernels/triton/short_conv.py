@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.operators import operator
 from subquad.kernels.triton.spans import row_spans, span_of
 from subquad.kernels.triton.tiles import rows
-from subquad.kernels.wrapping import once_differentiable
 
 # rows: loaded together; block: channels of a program; channels: of a thread; programs: of a backward pass, over which
 # the rows are divided, at least `stretch` to each.
@@ -286,7 +286,7 @@ def form(
     return y, None if state is None else last
 
 
-@torch.library.custom_op("subquad::short_conv_triton", mutates_args=())
+@operator("short_conv_triton")
 def _conv(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -300,7 +300,7 @@ def _(x, weight, bias, state, cu_seqlens, silu):
     return torch.empty_like(x, memory_format=torch.contiguous_format), last
 
 
-@torch.library.custom_op("subquad::short_conv_triton_", mutates_args=("state",))
+@operator("short_conv_triton_", mutates_args=("state",))
 def _conv_in_place(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor, cu_seqlens: Tensor | None, silu: bool
 ) -> Tensor:
@@ -338,7 +338,7 @@ def _launch(x, weight, bias, state, last, cu_seqlens, silu) -> Tensor:
     return y
 
 
-@torch.library.custom_op("subquad::short_conv_triton_backward", mutates_args=())
+@operator("short_conv_triton_backward")
 def _conv_backward(
     dy: Tensor,
     dlast: Tensor,
@@ -399,7 +399,7 @@ def _gradients(ctx, dy, dlast):
 
 
 _conv.register_autograd(_gradients, setup_context=_save)
-once_differentiable(_conv_backward, "short_conv")
+_conv_backward.once_differentiable("short_conv")
 
 
 def _rows_of(x: Tensor) -> tuple[Tensor, int, int]:

@@ -119,6 +119,12 @@ def step_pass(
         tl.store(z_out + state_at + key, z, mask=key < K * emit * first_block)
 
 
+def few(q: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether tokens are so few that one after the other is fastest: up to eight a sequence, on average if packed."""
+    n_seqs = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
+    return q.shape[1] <= 8 * n_seqs
+
+
 def step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, S: Tensor | None = None, *,
     beta: Tensor | None = None, a: Tensor | None = None, b: Tensor | None = None, exclusive: bool = False,

@@ -40,6 +40,16 @@ def in_place(*states: Tensor | None) -> bool:
     return all(s is None or (s.dtype == torch.float32 and s.is_contiguous()) for s in states)
 
 
+def new_state(S: Tensor | None, like: Tensor) -> Tensor:
+    """Room for the state after a call, or its gradient; empty, on `like`'s device, where none was given."""
+    return like.new_empty(0, dtype=torch.float32) if S is None else torch.empty_like(S)
+
+
+def sum_heads(x: Tensor, G: int) -> Tensor:
+    """Gradients [B, T, H, K] of what G heads shared, summed over those that share."""
+    return x if x.shape[2] == G else x.unflatten(2, (G, -1)).sum(3)
+
+
 def accumulating(state: Tensor | None) -> Tensor | None:
     """A state as the kernels read it."""
     return None if state is None else state.float().contiguous()

@@ -1,0 +1,132 @@
+"""The Triton form of `delta_rule`: chunks prepared side by side, one pass over the states, gradients side by side."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.kernels.operators import operator
+from subquad.kernels.triton.affine import Affine
+from subquad.kernels.triton.chunk_gradient import delta_gradient
+from subquad.kernels.triton.prepare_delta import prepare_delta
+from subquad.kernels.triton.segments import CHUNK, clear_padding, cut
+from subquad.kernels.triton.step import few, step
+from subquad.kernels.triton.tiles import accumulating, in_place, new_state, sum_heads
+
+
+def form(q, k, v, beta, g, S, cu_seqlens):
+    """As subquad.kernels.delta_rule calls it; k, v, beta have the axis of factors, and heads of q and k divide v's."""
+    R, G = v.shape[2], q.shape[2]
+    if in_place(S) and few(q, cu_seqlens):
+        return delta_rule_step_(q, k, v, beta, g, S, cu_seqlens), S
+    if R > 1:  # a row a factor, of which the first decays and the last is read
+        q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, R - 1, 0)).flatten(1, 2)
+        if g is not None:
+            g = F.pad(g.unsqueeze(2), (0, 0) * (g.dim() - 2) + (0, R - 1)).flatten(1, 2)
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens * R
+    k, v, beta = k.flatten(1, 2), v.flatten(1, 2), beta.flatten(1, 2)
+    if k.shape[2] != G:
+        raise AssertionError(f"q has {G} heads and k {k.shape[2]}")
+    if in_place(S):
+        out, last = delta_rule_triton_(q, k, v, beta, g, S, cu_seqlens), S
+    else:
+        out, last = delta_rule_triton(q, k, v, beta, g, accumulating(S), cu_seqlens)
+    return out[:, R - 1 :: R], last
+
+
+@operator("delta_rule_step_", mutates_args=("S",))
+def delta_rule_step_(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """A few tokens, the new state written into S."""
+    return step(q, k, v, g, S, beta=beta, cu_seqlens=cu_seqlens, last=S)[0]
+
+
+@delta_rule_step_.register_fake
+def _(q, k, v, beta, g, S, cu_seqlens):
+    return torch.empty_like(v[:, :, 0], memory_format=torch.contiguous_format)
+
+
+@operator("delta_rule_triton")
+def delta_rule_triton(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out [B, T, H, V], the new state, empty unless one was given)."""
+    last = new_state(S, v)
+    return _forward(q, k, v, beta, g, S, cu_seqlens, last), last
+
+
+@operator("delta_rule_triton_", mutates_args=("S",))
+def delta_rule_triton_(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The same, with the new state written into S."""
+    return _forward(q, k, v, beta, g, S, cu_seqlens, S)
+
+
+@delta_rule_triton.register_fake
+def _(q, k, v, beta, g, S, cu_seqlens):
+    return torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v)
+
+
+@delta_rule_triton_.register_fake
+def _(q, k, v, beta, g, S, cu_seqlens):
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _forward(q, k, v, beta, g, S, cu_seqlens, last):
+    P, Q, Y, W, writers, whole = prepare_delta(q, k, beta, g, cut(v, cu_seqlens, CHUNK))
+    run = Affine(v, Q=Q, P=P, Y=Y, W=W, F=writers, whole=whole, cu_seqlens=cu_seqlens)
+    out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
+    run.run(run.states(S, last), out, last=last)
+    return clear_padding(out, cu_seqlens)
+
+
+@operator("delta_rule_triton_backward")
+def delta_rule_triton_backward(
+    do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, beta, g, S; empty where there is none."""
+    chunks = cut(v, cu_seqlens, CHUNK)
+    _, _, Y, W, writers, whole = prepare_delta(q, k, beta, g, chunks)
+    run = Affine(v, Y=Y, W=W, F=writers, whole=whole, cu_seqlens=cu_seqlens)
+    u, states = torch.empty_like(v, memory_format=torch.contiguous_format), run.new_states()
+    run.run(run.states(S), u=u, states=states)
+    del Y, W, writers, run
+
+    Y, W, readers, writers, whole = prepare_delta(q, k, beta, g, chunks, reverse=True)
+    back = Affine(do, Y=Y, W=W, E=readers, F=writers, whole=whole, cu_seqlens=cu_seqlens, reverse=True)
+    e, d_states, dS0 = torch.empty_like(u), back.new_states(), new_state(S, v)
+    first = None if S is None else dS0
+    back.run(back.states(dS, first), u=e, states=d_states, last=first)
+    del Y, W, readers, writers, back
+
+    dq, dk, dv, dbeta, dg = delta_gradient(q, k, v, beta, g, do, u, e, states, d_states, chunks)
+    for x in (dq, dk, dv, dbeta, dg):
+        clear_padding(x, cu_seqlens)
+    G = q.shape[2]
+    return sum_heads(dq, G), sum_heads(dk, G), dv, dbeta, new_state(g, v) if dg is None else dg, dS0
+
+
+@delta_rule_triton_backward.register_fake
+def _(do, dS, q, k, v, beta, g, S, cu_seqlens):
+    dg, dS0 = new_state(g, v), new_state(S, v)
+    same = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, beta))
+    return (*same, dg, dS0)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, do, dS):
+    q, k, v, beta, g, S, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    found = delta_rule_triton_backward(do, None if S is None else dS, q, k, v, beta, g, S, cu_seqlens)
+    inputs = (q, k, v, beta, g, S)
+    return (*(x if given is not None else None for x, given in zip(found, inputs, strict=True)), None)
+
+
+delta_rule_triton.register_autograd(_backward, setup_context=_save)
+delta_rule_triton_backward.once_differentiable("delta_rule")

@@ -1,0 +1,121 @@
+"""The Triton form of `dplr_rule`: chunks prepared side by side, one pass over the states, gradients side by side."""
+
+import torch
+from torch import Tensor
+
+from subquad.kernels.operators import operator
+from subquad.kernels.triton.affine import Affine
+from subquad.kernels.triton.chunk_gradient import dplr_gradient
+from subquad.kernels.triton.prepare_dplr import prepare_dplr
+from subquad.kernels.triton.segments import CHUNK, clear_padding, cut
+from subquad.kernels.triton.step import few, step
+from subquad.kernels.triton.tiles import accumulating, in_place, new_state
+
+
+def form(q, k, v, a, b, g, S, cu_seqlens):
+    """As subquad.kernels.dplr_rule calls it. A scalar decay is one for every channel here."""
+    if g is not None and g.dim() == 3:
+        g = g[..., None].expand(*g.shape, q.shape[3])
+    if in_place(S) and few(q, cu_seqlens):
+        return dplr_rule_step_(q, k, v, a, b, g, S, cu_seqlens), S
+    if in_place(S):
+        return dplr_rule_triton_(q, k, v, a, b, g, S, cu_seqlens), S
+    return dplr_rule_triton(q, k, v, a, b, g, accumulating(S), cu_seqlens)
+
+
+@operator("dplr_rule_step_", mutates_args=("S",))
+def dplr_rule_step_(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, S: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """A few tokens, the new state written into S."""
+    return step(q, k, v, g, S, a=a, b=b, cu_seqlens=cu_seqlens, last=S)[0]
+
+
+@dplr_rule_step_.register_fake
+def _(q, k, v, a, b, g, S, cu_seqlens):
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+@operator("dplr_rule_triton")
+def dplr_rule_triton(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, S: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out [B, T, H, V], the new state, empty unless one was given)."""
+    last = new_state(S, v)
+    return _forward(q, k, v, a, b, g, S, cu_seqlens, last), last
+
+
+@operator("dplr_rule_triton_", mutates_args=("S",))
+def dplr_rule_triton_(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, S: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The same, with the new state written into S."""
+    return _forward(q, k, v, a, b, g, S, cu_seqlens, S)
+
+
+@dplr_rule_triton.register_fake
+def _(q, k, v, a, b, g, S, cu_seqlens):
+    return torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v)
+
+
+@dplr_rule_triton_.register_fake
+def _(q, k, v, a, b, g, S, cu_seqlens):
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _forward(q, k, v, a, b, g, S, cu_seqlens, last):
+    P, Q, Y, W, E, F, whole = prepare_dplr(q, k, a, b, g, cut(v, cu_seqlens, CHUNK))
+    run = Affine(v, Q=Q, P=P, Y=Y, W=W, E=E, F=F, whole=whole, cu_seqlens=cu_seqlens)
+    out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
+    run.run(run.states(S, last), out, last=last)
+    return clear_padding(out, cu_seqlens)
+
+
+@operator("dplr_rule_triton_backward")
+def dplr_rule_triton_backward(
+    do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None,
+    S: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, a, b, g, S; empty where there is none."""
+    chunks = cut(v, cu_seqlens, CHUNK)
+    _, _, Y, W, E, F, whole = prepare_dplr(q, k, a, b, g, chunks)
+    run = Affine(v, Y=Y, W=W, E=E, F=F, whole=whole, cu_seqlens=cu_seqlens)
+    u, states = torch.empty_like(v, memory_format=torch.contiguous_format), run.new_states()
+    run.run(run.states(S), u=u, states=states)
+    del Y, W, E, F, run
+
+    P, Q, Y, W, E, F, whole = prepare_dplr(q, k, a, b, g, chunks, reverse=True)
+    back = Affine(do, Q=Q, P=P, Y=Y, W=W, E=E, F=F, whole=whole, cu_seqlens=cu_seqlens, reverse=True)
+    e, dv, d_states, dS0 = torch.empty_like(u), torch.empty_like(u), back.new_states(), new_state(S, v)
+    first = None if S is None else dS0
+    back.run(back.states(dS, first), dv, u=e, states=d_states, last=first)
+    del P, Q, Y, W, E, F, back
+
+    dq, dk, da, db, dg = dplr_gradient(q, k, v, a, b, g, do, u, e, states, d_states, chunks)
+    for x in (dq, dk, dv, da, db, dg):
+        clear_padding(x, cu_seqlens)
+    return dq, dk, dv, da, db, new_state(g, v) if dg is None else dg, dS0
+
+
+@dplr_rule_triton_backward.register_fake
+def _(do, dS, q, k, v, a, b, g, S, cu_seqlens):
+    dg, dS0 = new_state(g, v), new_state(S, v)
+    same = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, a, b))
+    return (*same, dg, dS0)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, do, dS):
+    q, k, v, a, b, g, S, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    found = dplr_rule_triton_backward(do, None if S is None else dS, q, k, v, a, b, g, S, cu_seqlens)
+    inputs = (q, k, v, a, b, g, S)
+    return (*(x if given is not None else None for x, given in zip(found, inputs, strict=True)), None)
+
+
+dplr_rule_triton.register_autograd(_backward, setup_context=_save)
+dplr_rule_triton_backward.once_differentiable("dplr_rule")
