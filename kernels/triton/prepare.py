@@ -14,7 +14,7 @@ from torch import Tensor
 
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.segments import CHUNK, Segments
-from subquad.kernels.triton.tiles import dot, padded, precision
+from subquad.kernels.triton.tiles import padded, precision
 
 
 @triton.jit
@@ -76,13 +76,18 @@ def crossing(row, LEVEL: tl.constexpr):
 
 
 @triton.jit
-def pairs(products, row, LEVEL: tl.constexpr):
-    """The products of the pairs `crossing`, else 0."""
+def add_pairs(scores, r, w, row, LEVEL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """scores, with r w^T added for the pairs `crossing`.
+
+    The product accumulates on the scores, so that the compiler cannot put off the sums of all levels, for which it
+    would keep every level's product in registers.
+    """
+    added = tl.dot(r.to(DOT), tl.trans(w.to(DOT)), scores, input_precision=PRECISION)
     if LEVEL >= 3:
-        return tl.where(crossing(row, LEVEL), products, 0.0)
+        return tl.where(crossing(row, LEVEL), added, scores)
     # In two steps, of which few different conditions need a register: a thread's pairs share their place within 8 x 8.
-    near = tl.where(crossing(row % 8, LEVEL), products, 0.0)
-    return tl.where((row >> 3)[:, None] == (row >> 3)[None, :], near, 0.0)
+    near = tl.where(crossing(row % 8, LEVEL), added, scores)
+    return tl.where((row >> 3)[:, None] == (row >> 3)[None, :], near, scores)
 
 
 @triton.jit
@@ -103,13 +108,13 @@ def by_halves(
     whole = decay  # a row a block
     for LEVEL in tl.static_range(LEVELS):
         if LEVEL > 0:
-            s11 += pairs(dot(r1, tl.trans(w1), DOT, PRECISION), row, LEVEL)
+            s11 = add_pairs(s11, r1, w1, row, LEVEL, DOT, PRECISION)
             if WRITERS == 2:
-                s12 += pairs(dot(r1, tl.trans(w2), DOT, PRECISION), row, LEVEL)
+                s12 = add_pairs(s12, r1, w2, row, LEVEL, DOT, PRECISION)
             if READERS == 2:
-                s21 += pairs(dot(r2, tl.trans(w1), DOT, PRECISION), row, LEVEL)
+                s21 = add_pairs(s21, r2, w1, row, LEVEL, DOT, PRECISION)
                 if WRITERS == 2:
-                    s22 += pairs(dot(r2, tl.trans(w2), DOT, PRECISION), row, LEVEL)
+                    s22 = add_pairs(s22, r2, w2, row, LEVEL, DOT, PRECISION)
         found = sibling(whole)
         whole = tl.max((whole * found).reshape(C >> (LEVEL + 1), 2, BLOCK), 1)  # the two are equal
         other = tl.broadcast_to(found[:, None, :], (C >> LEVEL, 1 << LEVEL, BLOCK)).reshape(C, BLOCK)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from subquad.kernels.triton.prepare_delta import prepare_delta
+from subquad.kernels.triton.prepare_dplr import prepare_dplr
 from subquad.kernels.triton.prepare_linear import prepare_linear
 from subquad.kernels.triton.segments import CHUNK, cut
 
@@ -157,5 +158,34 @@ def test_delta(layout, K, G, gate, kind, reverse, dtype):
             return {"Y": (P0 @ T).mT, "W": T.mT @ (k * until), "E": q * since, "F": F, "whole": whole}
         Y, W = T @ b.diag(), -T @ (b[:, None] * k * since)
         return {"P": P0 @ Y, "Q": q * since + P0 @ W, "Y": Y, "W": W, "F": k * until, "whole": whole}
+
+    compare(found, oracle, spots, H, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("gate", "kind"), [(None, "mild"), ("vector", "mild"), ("vector", "extreme")])
+@pytest.mark.parametrize(("layout", "K"), [("ragged", 24), ("packed", 16)])
+def test_dplr(layout, K, gate, kind, reverse, dtype):
+    H = 2
+    x, chunks, spots = inputs(layout, K, ["q", "k", "a", "b"], {}, gate=gate, kind=kind, dtype=dtype)
+    x["a"] = torch.nn.functional.normalize(x["a"].float(), dim=-1).to(dtype)
+    x["b"] = (-x["a"].float() * torch.rand(x["a"].shape).to(DEVICE)).to(dtype)
+    found = prepare_dplr(x["q"], x["k"], x["a"], x["b"], x.get("g"), chunks, reverse=reverse)
+
+    def oracle(at, h):
+        q, k, a, b = (chunk_of(x[name], at, h)[:, h] for name in "qkab")
+        g, c = None if gate is None else chunk_of(x["g"], at, h)[:, h], len(q)
+        D, since, until, whole = decays(g, c, K, False)
+        earlier, before, _, _ = decays(g, c, K, True)
+        ak, ab, qk, qb = scores(a, k, earlier), scores(a, b, earlier), scores(q, k, D), scores(q, b, D)
+        T = torch.linalg.inv(torch.eye(c, dtype=torch.float64) - ab)
+        if reverse:
+            Y, W = (qb @ T).mT, T.mT @ (b * until)
+            P, Q = qk.mT + ak.mT @ Y, k * until + ak.mT @ W
+            return {"P": P, "Q": Q, "Y": Y, "W": W, "E": q * since, "F": a * before, "whole": whole}
+        Y, W = T @ ak, T @ (a * before)
+        P, Q = qk + qb @ Y, q * since + qb @ W
+        return {"P": P, "Q": Q, "Y": Y, "W": W, "E": k * until, "F": b * until, "whole": whole}
 
     compare(found, oracle, spots, H, dtype)
