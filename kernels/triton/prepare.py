@@ -51,6 +51,13 @@ def store_rows(base, stride, n, c, K, x, C: tl.constexpr, BLOCK: tl.constexpr, W
 
 
 @triton.jit
+def load_matrix(base, C: tl.constexpr):
+    """A chunk's matrix [C, C], in float32."""
+    row = tl.arange(0, C)
+    return tl.load(base + row[:, None] * C + row[None, :]).to(tl.float32)
+
+
+@triton.jit
 def store_matrix(base, x, C: tl.constexpr):
     """A chunk's matrix [C, C]."""
     row = tl.arange(0, C)

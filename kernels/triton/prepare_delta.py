@@ -71,7 +71,7 @@ def prepare_delta(
             q, *q.stride()[:3], H // q.shape[2], k, *k.stride()[:3], H // k.shape[2], beta, *beta.stride(), g, *strides,
             P, Q, Y, W, F, whole,
             chunks.table, q.shape[1], chunks.size, chunks.per_sequence, chunks.packed, H,
-            GATE=gate, REVERSE=reverse, **launch("prepare_delta", q, K),
+            GATE=gate, REVERSE=reverse, **launch("prepare_delta", q, K, gates=gate),
         )  # fmt: skip
     return found
 

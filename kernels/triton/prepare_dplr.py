@@ -12,6 +12,7 @@ from subquad.kernels.triton.prepare import (
     chunk_matrices,
     inverse,
     launch,
+    load_matrix,
     load_rows,
     neighbours,
     row_tensor,
@@ -95,68 +96,84 @@ def prepare_dplr_kernel(
     line = H * K
     here = tl.program_id(0).to(tl.int64)
 
-    # The scores of all pairs. Of the decayed rows two stay where their products will stand, to be read again.
+    # First what q reads, then what a reads: the scores of both at once do not fit the registers. Those of q wait where
+    # P and Y will stand, and of the decayed rows two where their products will.
     qk = tl.zeros([C, C], tl.float32)
     qb = tl.zeros([C, C], tl.float32)
-    ak = tl.zeros([C, C], tl.float32)
-    ab = tl.zeros([C, C], tl.float32)
     own_k = tl.zeros([C], tl.float32)
     own_b = tl.zeros([C], tl.float32)
-    near_qk = tl.zeros([C], tl.float32)
-    near_qb = tl.zeros([C], tl.float32)
-    near_ak = tl.zeros([C], tl.float32)
-    near_ab = tl.zeros([C], tl.float32)
+    near_k = tl.zeros([C], tl.float32)
+    near_b = tl.zeros([C], tl.float32)
     for c in range(0, K, BLOCK_K):
         query = load_rows(q, q_t, 1, count, c, K, C, BLOCK_K, WARPS)
         key = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
-        reader = load_rows(a, a_t, 1, count, c, K, C, BLOCK_K, WARPS)
         writer = load_rows(b, b_t, 1, count, c, K, C, BLOCK_K, WARPS)
         if DECAY:
             decay = tl.exp(load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS))
             own_k += tl.sum(query * key, 1)
             own_b += tl.sum(query * writer, 1)
             query *= decay
-            near_qk += neighbours(query, key)
-            near_qb += neighbours(query, writer)
-            near_ak += neighbours(reader, key)
-            near_ab += neighbours(reader, writer)
-            qk, qb, ak, ab, query, reader, key, writer, total = by_halves(
-                query, reader, key, writer, decay, qk, qb, ak, ab, row, C, 2, 2, DOT, PRECISION
+            near_k += neighbours(query, key)
+            near_b += neighbours(query, writer)
+            qk, qb, _s21, _s22, query, _r2, key, writer, total = by_halves(
+                query, query, key, writer, decay, qk, qb, qk, qb, row, C, 1, 2, DOT, PRECISION
             )
             store_whole(whole + here * K, c, K, total)
         else:
             qk += dot(query, tl.trans(key), DOT, PRECISION)
             qb += dot(query, tl.trans(writer), DOT, PRECISION)
-            ak += dot(reader, tl.trans(key), DOT, PRECISION)
-            ab += dot(reader, tl.trans(writer), DOT, PRECISION)
         if REVERSE:
             store_rows(E + out, line, count, c, K, query, C, BLOCK_K, WARPS)
-            store_rows(F + out, line, count, c, K, reader, C, BLOCK_K, WARPS)
             store_rows(Q + out, line, count, c, K, key, C, BLOCK_K, WARPS)
             store_rows(W + out, line, count, c, K, writer, C, BLOCK_K, WARPS)
         else:
+            store_rows(Q + out, line, count, c, K, query, C, BLOCK_K, WARPS)
             store_rows(E + out, line, count, c, K, key, C, BLOCK_K, WARPS)
             store_rows(F + out, line, count, c, K, writer, C, BLOCK_K, WARPS)
-            store_rows(Q + out, line, count, c, K, query, C, BLOCK_K, WARPS)
-            store_rows(W + out, line, count, c, K, reader, C, BLOCK_K, WARPS)
-    tl.debug_barrier()
     if DECAY:
-        qk = with_near(qk, own_k, near_qk, row)
-        qb = with_near(qb, own_b, near_qb, row)
-        ak = with_near(ak, None, near_ak, row)
-        ab = with_near(ab, None, near_ab, row)
+        qk = with_near(qk, own_k, near_k, row)
+        qb = with_near(qb, own_b, near_b, row)
     else:
-        causal = row[:, None] >= row[None, :]
-        strict = row[:, None] > row[None, :]
-        qk = tl.where(causal, qk, 0.0)
-        qb = tl.where(causal, qb, 0.0)
-        ak = tl.where(strict, ak, 0.0)
-        ab = tl.where(strict, ab, 0.0)
+        qk = tl.where(row[:, None] >= row[None, :], qk, 0.0)
+        qb = tl.where(row[:, None] >= row[None, :], qb, 0.0)
+    store_matrix(P + here * C * C, qk, C)
+    store_matrix(Y + here * C * C, qb, C)
 
+    ak = tl.zeros([C, C], tl.float32)
+    ab = tl.zeros([C, C], tl.float32)
+    near_k = tl.zeros([C], tl.float32)
+    near_b = tl.zeros([C], tl.float32)
+    for c in range(0, K, BLOCK_K):
+        reader = load_rows(a, a_t, 1, count, c, K, C, BLOCK_K, WARPS)
+        key = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
+        writer = load_rows(b, b_t, 1, count, c, K, C, BLOCK_K, WARPS)
+        if DECAY:
+            decay = tl.exp(load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS))
+            near_k += neighbours(reader, key)
+            near_b += neighbours(reader, writer)
+            ak, ab, _s21, _s22, reader, _r2, _key, _writer, _total = by_halves(
+                reader, reader, key, writer, decay, ak, ab, ak, ab, row, C, 1, 2, DOT, PRECISION
+            )
+        else:
+            ak += dot(reader, tl.trans(key), DOT, PRECISION)
+            ab += dot(reader, tl.trans(writer), DOT, PRECISION)
+        if REVERSE:
+            store_rows(F + out, line, count, c, K, reader, C, BLOCK_K, WARPS)
+        else:
+            store_rows(W + out, line, count, c, K, reader, C, BLOCK_K, WARPS)
+    if DECAY:
+        ak = with_near(ak, None, near_k, row)
+        ab = with_near(ab, None, near_b, row)
+    else:
+        ak = tl.where(row[:, None] > row[None, :], ak, 0.0)
+        ab = tl.where(row[:, None] > row[None, :], ab, 0.0)
+
+    tl.debug_barrier()
     solved = inverse(-ab, row, PRECISION)
-    through = dot(qb, solved, DOT, PRECISION)
     fresh = dot(solved, ak, DOT, PRECISION)
-    scores = qk + dot(through, ak, DOT, PRECISION)
+    through = dot(load_matrix(Y + here * C * C, C), solved, DOT, PRECISION)
+    scores = load_matrix(P + here * C * C, C) + dot(through, ak, DOT, PRECISION)
+    tl.debug_barrier()
     if REVERSE:
         store_matrix(P + here * C * C, tl.trans(scores), C)
         store_matrix(Y + here * C * C, tl.trans(through), C)
