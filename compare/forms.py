@@ -116,7 +116,7 @@ def _sum_backward(results: Any) -> None:
     """From the sum of the output, which comes first; nothing where no gradients are recorded."""
     out = pytree.tree_leaves(results)[0]
     if out.requires_grad:
-        out.sum().backward()
+        (torch.view_as_real(out) if out.is_complex() else out).sum().backward()
 
 
 def _cpu_ms(run: Callable[[], None]) -> float:
