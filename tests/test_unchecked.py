@@ -25,6 +25,8 @@ def test_the_unchecked_tests_of(file):
     if file.startswith("triton") and not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=1200)
+    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        pytest.skip("all of its tests are marked slow")
     if done.returncode:
         pytest.fail(f"{done.stdout}\n{done.stderr}", pytrace=False)
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 1
