@@ -28,7 +28,7 @@ def form(q, k, v, g, S, z, normalized, exclusive, bonus, cu_seqlens):
         last, z_last = S, z
     else:
         S, z = accumulating(S), accumulating(z)
-        out, den, last, z_last = linear_attention_triton(q, k, v, g, S, z, cu_seqlens, normalized, exclusive)
+        out, den, last, z_last, _ = linear_attention_triton(q, k, v, g, S, z, cu_seqlens, normalized, exclusive)
     if bonus is not None:
         repeat = v.shape[2] // q.shape[2]
         own = (q.float() * k.float()).repeat_interleave(repeat, 2) if repeat > 1 else q.float() * k.float()
@@ -58,11 +58,11 @@ def _(q, k, v, g, S, z, bonus, cu_seqlens, exclusive):
 def linear_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None,
     normalized: bool, exclusive: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out [B, T, H, V], denominators [B, T, H], S, z), the last three empty unless asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out [B, T, H, V], denominators [B, T, H], S, z, cumulated gates), empty where there is none."""
     out, den, last, z_last = _outputs(q, v, S, normalized, n_seqs(v, cu_seqlens))
-    _forward(q, k, v, g, S, z, cu_seqlens, exclusive, out, den, last, z_last)
-    return out, den, last, z_last
+    gates = _forward(q, k, v, g, S, z, cu_seqlens, exclusive, out, den, last, z_last)
+    return out, den, last, z_last, new_state(None, v) if gates is None else gates
 
 
 @operator("linear_attention_triton_", mutates_args=("S", "z"))
@@ -94,7 +94,8 @@ def _outputs(q, v, S, normalized, N):
 
 @linear_attention_triton.register_fake
 def _(q, k, v, g, S, z, cu_seqlens, normalized, exclusive):
-    return _outputs(q, v, S, normalized, n_seqs(v, cu_seqlens))
+    gates = new_state(None, v) if g is None else g.new_empty(2, g.shape[0], g.shape[2], g.shape[1], dtype=torch.float32)
+    return *_outputs(q, v, S, normalized, n_seqs(v, cu_seqlens)), gates
 
 
 @linear_attention_triton_.register_fake
@@ -113,33 +114,37 @@ def _forward(q, k, v, g, S, z, cu_seqlens, exclusive, out, den, last, z_last):
     clear_padding(out, cu_seqlens)
     if normalized:
         clear_padding(den, cu_seqlens)
+    return gates
 
 
 @operator("linear_attention_triton_backward")
 def linear_attention_triton_backward(
     do: Tensor, dden: Tensor | None, dS: Tensor | None, dz: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     g: Tensor | None, S: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None, exclusive: bool,
-    last: Tensor, z_last: Tensor,
+    last: Tensor, z_last: Tensor, gates: Tensor, of_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, g, S, z; empty where there is none. last, z_last: the state that forward returned."""
-    dq, dk, dv, dg, dS0, dz0 = _gradients(q, k, v, g, S, z)
+    """Gradients of q, k, v, g (if `of_gate`), S, z, empty where there is none.
+
+    last, z_last, gates: as forward returned them.
+    """
+    dq, dk, dv, dg, dS0, dz0 = _gradients(q, k, v, g if of_gate else None, S, z)
     do, q, k, v = rows(do), rows(q), rows(k), rows(v)
     if dden is not None:
         dden = dden.contiguous()
     within = _segments(q, v, cu_seqlens)
-    gates = None if g is None else cumulate(g, cu_seqlens)
+    gates = None if g is None else gates
     reads = Pass(within, do, v, k, gates, exclusive=exclusive, transposed=True, r_more=dden)
     writes = Pass(within, v, do, q, gates, exclusive=exclusive, reverse=True, transposed=True, w_more=dden)
     values = Pass(within, k, q, do, gates, exclusive=exclusive, reverse=True)
 
-    up, down = (None, None) if g is None else (reads.new_term(), writes.new_term())
-    before = reads.states(S, z, ends=g is not None)
-    reads.run(before, dq, partner=None if g is None else q, term=up)
+    up, down = (reads.new_term(), writes.new_term()) if of_gate else (None, None)
+    before = reads.states(S, z, ends=of_gate)
+    reads.run(before, dq, partner=q if of_gate else None, term=up)
     first, z_first = None if S is None else dS0, None if z is None else dz0
     after = writes.states(dS, dz, first, z_first)
-    writes.run(after, dk, partner=None if g is None else k, term=down, last=first, z_last=z_first)
+    writes.run(after, dk, partner=k if of_gate else None, term=down, last=first, z_last=z_first)
     values.run(after._replace(z=None), dv)
-    if g is not None:
+    if of_gate:
         ends = before._replace(S_ends=last, z_ends=z_last) if within.whole else before
         dg = gate_gradient(up, down, _edge(ends, after), within, exclusive)
     for x in (dq, dk, dv, dg):
@@ -172,27 +177,21 @@ def _gradients(q, k, v, g, S, z):
 
 
 @linear_attention_triton_backward.register_fake
-def _(do, dden, dS, dz, q, k, v, g, S, z, cu_seqlens, exclusive, last, z_last):
-    _, _, dv, dg, dS0, dz0 = _gradients(q, k, v, g, S, z)
-    return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        torch.empty_like(k, memory_format=torch.contiguous_format),
-        dv,
-        dg,
-        dS0,
-        dz0,
-    )
+def _(do, dden, dS, dz, q, k, v, g, S, z, cu_seqlens, exclusive, last, z_last, gates, of_gate):
+    _, _, *rest = _gradients(q, k, v, g if of_gate else None, S, z)
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)), *rest
 
 
 def _save(ctx, inputs, output):
     q, k, v, g, S, z, cu_seqlens, normalized, exclusive = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, S, z, cu_seqlens, output[2], output[3])
+    ctx.save_for_backward(q, k, v, g, S, z, cu_seqlens, *output[2:])
     ctx.exclusive, ctx.normalized = exclusive, normalized
 
 
-def _backward(ctx, do, dden, dS, dz):
-    q, k, v, g, S, z, cu_seqlens, last, z_last = ctx.saved_tensors
+def _backward(ctx, do, dden, dS, dz, _):
+    q, k, v, g, S, z, cu_seqlens, *after = ctx.saved_tensors
+    of_gate = g is not None and ctx.needs_input_grad[3]
     if do is None:
         do = torch.zeros_like(v)
     if ctx.normalized and dden is None:
@@ -201,10 +200,10 @@ def _backward(ctx, do, dden, dS, dz):
         dS = dz = None
     found = linear_attention_triton_backward(
         do, dden if ctx.normalized else None, dS, dz if ctx.normalized else None, q, k, v, g, S, z, cu_seqlens,
-        ctx.exclusive, last, z_last,
+        ctx.exclusive, *after, of_gate,
     )  # fmt: skip
-    wanted = [x if given is not None else None for x, given in zip(found, (q, k, v, g, S, z), strict=True)]
-    return (*wanted, None, None, None)
+    given = (q, k, v, g if of_gate else None, S, z)
+    return (*(x if y is not None else None for x, y in zip(found, given, strict=True)), None, None, None)
 
 
 linear_attention_triton.register_autograd(_backward, setup_context=_save)
