@@ -60,7 +60,10 @@ SHIPPED: dict[str, Kernel] = {
     # feeds another is computed twice. `gates` as below.
     "prepare_linear": _PREPARE,
     "prepare_delta": _PREPARE._replace(
-        entries=(Entry(H200, {"K": 256, "gates": 1}, {"BLOCK_K": 64, "num_warps": 4, "num_stages": 1}),)
+        entries=(
+            Entry(H200, {"K": 128, "gates": 0}, {"BLOCK_K": 128, "num_warps": 4, "num_stages": 1}),
+            Entry(H200, {"K": 256, "gates": 1}, {"BLOCK_K": 64, "num_warps": 4, "num_stages": 1}),
+        )
     ),
     "prepare_dplr": _PREPARE,
     # As "carry", with up to four row tensors and two matrices a chunk; `size` is the bytes of an element of x.

@@ -157,11 +157,21 @@ def with_near(scores, own, near, row):
 def inverse(A, row, PRECISION: tl.constexpr):
     """(I + A)^-1 of a strictly lower triangular A [64, 64], from blocks of one token to the whole by halves.
 
-    Two neighbours' inverses T1, T2 become the larger block's with -T2 A21 T1 below the diagonal.
+    Two neighbours' inverses T1, T2 become the larger block's with -T2 A21 T1 below the diagonal. Up to blocks of 16 on
+    the diagonal blocks alone, which a warp each has to itself.
     """
     tl.static_assert(A.shape[0] == 64)
-    T = tl.where(row[:, None] == row[None, :], 1.0, 0.0) - tl.where(crossing(row, 0), A, 0.0)
-    for LEVEL in tl.static_range(1, 6):
+    part = row // 16
+    same = part[:, None] == part[None, :]
+    blocks = tl.sum(tl.where(same, A, 0.0).reshape(4, 16, 4, 16), 2)
+    at = tl.arange(0, 16)
+    T = tl.where(at[:, None] == at[None, :], 1.0, 0.0)[None, :, :] - tl.where(crossing(at, 0)[None, :, :], blocks, 0.0)
+    for LEVEL in tl.static_range(1, 4):
+        below = tl.where(crossing(at, LEVEL)[None, :, :], blocks, 0.0)
+        T -= tl.dot(tl.dot(T, below, input_precision=PRECISION), T, input_precision=PRECISION)
+    T = tl.broadcast_to(T[:, :, None, :], (4, 16, 4, 16)).reshape(64, 64)
+    T = tl.where(same, T, 0.0)
+    for LEVEL in tl.static_range(4, 6):
         below = tl.where(crossing(row, LEVEL), A, 0.0)
         T -= tl.dot(tl.dot(T, below, input_precision=PRECISION), T, input_precision=PRECISION)
     return T

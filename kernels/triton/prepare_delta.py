@@ -21,7 +21,7 @@ from subquad.kernels.triton.prepare import (
     with_near,
 )
 from subquad.kernels.triton.segments import Segments, segment_bounds
-from subquad.kernels.triton.tiles import cumulated, dot, rows
+from subquad.kernels.triton.tiles import cumulated, dot, load_tile, rows, store_tile
 
 
 class DeltaChunks(NamedTuple):
@@ -108,13 +108,13 @@ def prepare_delta_kernel(
     # where their products will stand, to be read again.
     P0 = tl.zeros([C, C], tl.float32)
     A = tl.zeros([C, C], tl.float32)
-    own = tl.zeros([C], tl.float32)
-    near = tl.zeros([C], tl.float32)
-    near_key = tl.zeros([C], tl.float32)
-    for c in range(0, K, BLOCK_K):
-        reader = load_rows(q, q_t, 1, count, c, K, C, BLOCK_K, WARPS)
-        key = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
-        if GATE == 2:
+    if GATE == 2:
+        own = tl.zeros([C], tl.float32)
+        near = tl.zeros([C], tl.float32)
+        near_key = tl.zeros([C], tl.float32)
+        for c in range(0, K, BLOCK_K):
+            reader = load_rows(q, q_t, 1, count, c, K, C, BLOCK_K, WARPS)
+            key = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
             decay = tl.exp(load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS))
             own += tl.sum(reader * key, 1)
             reader *= decay
@@ -132,60 +132,72 @@ def prepare_delta_kernel(
             else:
                 store_rows(W + out, line, count, c, K, late, C, BLOCK_K, WARPS)
                 store_rows(F + out, line, count, c, K, key, C, BLOCK_K, WARPS)
-        else:
-            P0 += dot(reader, tl.trans(key), DOT, PRECISION)
-            A += dot(key, tl.trans(key), DOT, PRECISION)
-            if GATE == 1:
-                late = key * since[:, None]
-                key *= until[:, None]
-                reader *= since[:, None]
-            else:
-                late = key
-            if REVERSE:
-                store_rows(Q + out, line, count, c, K, reader, C, BLOCK_K, WARPS)
-                store_rows(F + out, line, count, c, K, -strength[:, None] * late, C, BLOCK_K, WARPS)
-            else:
-                store_rows(F + out, line, count, c, K, key, C, BLOCK_K, WARPS)
-    if GATE == 2:
         P0 = with_near(P0, own, near, row)
         A = with_near(A, None, near_key, row)
         tl.debug_barrier()
-    elif GATE == 1:
-        gap = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-        pairs = tl.exp(tl.where(row[:, None] >= row[None, :], gap, float("-inf")))
-        P0 *= pairs
-        A *= pairs
     else:
-        P0 = tl.where(row[:, None] >= row[None, :], P0, 0.0)
+        for c in tl.static_range(0, K, BLOCK_K):
+            col = c + tl.arange(0, BLOCK_K)
+            reader = load_tile(q, q_t, row, col, row < count, K)
+            key = load_tile(k, k_t, row, col, row < count, K)
+            P0 += dot(reader, tl.trans(key), DOT, PRECISION)
+            A += dot(key, tl.trans(key), DOT, PRECISION)
+            if REVERSE:
+                if GATE == 1:
+                    store_tile(Q + out, line, row, col, row < count, reader * since[:, None], K)
+                    store_tile(F + out, line, row, col, row < count, key * -(strength * since)[:, None], K)
+                else:
+                    store_tile(Q + out, line, row, col, row < count, reader, K)
+                    store_tile(F + out, line, row, col, row < count, key * -strength[:, None], K)
+            elif GATE == 1:
+                store_tile(F + out, line, row, col, row < count, key * until[:, None], K)
+            else:
+                store_tile(F + out, line, row, col, row < count, key, K)
+        if GATE == 1:
+            gap = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+            pairs = tl.exp(tl.where(row[:, None] >= row[None, :], gap, float("-inf")))
+            P0 *= pairs
+            A *= pairs
+        else:
+            P0 = tl.where(row[:, None] >= row[None, :], P0, 0.0)
     A = tl.where(row[:, None] > row[None, :], A, 0.0)
+    P0 = P0.to(DOT)
 
     solved = inverse(A * strength[:, None], row, PRECISION)
     through = dot(P0, solved, DOT, PRECISION)
     if REVERSE:
         store_matrix(Y + here * C * C, tl.trans(through), C)
-        for c in range(0, K, BLOCK_K):
+        if GATE == 1:
+            solved *= until[:, None]
+        solved = tl.trans(solved).to(DOT)
+        for c in tl.static_range(0, K, BLOCK_K):
+            col = c + tl.arange(0, BLOCK_K)
             if GATE == 2:
-                key = load_rows(W + out, line, 1, count, c, K, C, BLOCK_K, WARPS)
-            else:
-                key = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
-                if GATE == 1:
-                    key *= until[:, None]
-            store_rows(W + out, line, count, c, K, dot(tl.trans(solved), key, DOT, PRECISION), C, BLOCK_K, WARPS)
+                key = load_tile(W + out, line, row, col, row < count, K)
+            elif K > BLOCK_K:
+                key = load_tile(k, k_t, row, col, row < count, K)
+            store_tile(W + out, line, row, col, row < count, dot(solved, key, DOT, PRECISION), K)
     else:
         through *= strength[None, :]
-        solved *= strength[None, :]
+        solved *= -strength[None, :]
         store_matrix(P + here * C * C, through, C)
-        store_matrix(Y + here * C * C, solved, C)
-        for c in range(0, K, BLOCK_K):
+        store_matrix(Y + here * C * C, -solved, C)
+        if GATE == 1:
+            through *= since[None, :]
+            solved *= since[None, :]
+        through = -through.to(DOT)
+        solved = solved.to(DOT)
+        for c in tl.static_range(0, K, BLOCK_K):
+            col = c + tl.arange(0, BLOCK_K)
             if GATE == 2:
-                late = load_rows(W + out, line, 1, count, c, K, C, BLOCK_K, WARPS)
-                reader = load_rows(Q + out, line, 1, count, c, K, C, BLOCK_K, WARPS)
-            else:
-                late = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
-                reader = load_rows(q, q_t, 1, count, c, K, C, BLOCK_K, WARPS)
-                if GATE == 1:
-                    late *= since[:, None]
-                    reader *= since[:, None]
-            reader -= dot(through, late, DOT, PRECISION)
-            store_rows(Q + out, line, count, c, K, reader, C, BLOCK_K, WARPS)
-            store_rows(W + out, line, count, c, K, -dot(solved, late, DOT, PRECISION), C, BLOCK_K, WARPS)
+                key = load_tile(W + out, line, row, col, row < count, K)
+                reader = load_tile(Q + out, line, row, col, row < count, K)
+            elif K > BLOCK_K:
+                key = load_tile(k, k_t, row, col, row < count, K)
+                reader = load_tile(q, q_t, row, col, row < count, K)
+            straight = reader.to(tl.float32)
+            if GATE == 1:
+                straight *= since[:, None]
+            straight += dot(through, key, DOT, PRECISION)
+            store_tile(Q + out, line, row, col, row < count, straight, K)
+            store_tile(W + out, line, row, col, row < count, dot(solved, key, DOT, PRECISION), K)
