@@ -96,8 +96,12 @@ def _shifted(x, weight, bias, before, cu_seqlens):
 
 
 def _shift(x, weight, bias, state, cu_seqlens, activation):
+    before = _before(x, state, 1, cu_seqlens)
+    if cu_seqlens is None:
+        buffer = torch.cat([before, x], 1)
+        return buffer[:, :-1], buffer[:, -1:]
     rows = Prefixed(x.shape[1], 1, cu_seqlens)
-    buffer = rows.join(_before(x, state, 1, cu_seqlens), x)
+    buffer = rows.join(before, x)
     return rows.new(F.pad(buffer[:, :-1], (0, 0, 1, 0))), rows.last(buffer)
 
 
