@@ -43,7 +43,8 @@ def linear_attention(
         cu_seqlens: [N+1] boundaries of sequences packed in one row.
 
     Returns (o [B, T, H, V] in v's dtype, the new state or None). Everything accumulates in float32 or wider.
-    Cost: O(T H K V) to train, O(H K V) a decoded token, state H K V. Second derivatives are those of autograd.
+    Cost: O(T H K V) to train, O(H K V) a decoded token, state H K V.
+    Second derivatives: the naive form's; elsewhere an error, or autograd's where the form is made of plain torch.
     """
     _check(q, k, v, decay, exclusive, bonus, causal, state, cu_seqlens)
     form = pick("linear_attention", _FORMS, v, too_wide(q, v))
