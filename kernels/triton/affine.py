@@ -20,10 +20,9 @@ from subquad.kernels.triton.tiles import dot, load_tile, padded, precision, rows
 
 
 @triton.jit
-def _load_matrix(base, row, inside, C: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """A chunk's [C, C], zero where either token is not inside."""
-    at = base + row[:, None] * C + row[None, :]
-    matrix = tl.load(at, mask=inside[:, None] & inside[None, :], other=0.0)
+def _load_matrix(base, row, C: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """A chunk's [C, C], whole: a mask along its rows would load it element by element."""
+    matrix = tl.load(base + row[:, None] * C + row[None, :])
     if TRANSPOSED:
         matrix = tl.trans(matrix)
     return matrix
@@ -88,26 +87,23 @@ def affine_pass(
         if states is not None:
             store_tile(states + chunk * (K * V), V, key, col, key < K, S, V)
         values = load_tile(x + b * x_b + at * x_t + h * x_h, x_t, row, col, inside, V)
+        if whole is not None:
+            kept = tl.load(whole + chunk * K + key, mask=key < K, other=0.0) if VECTOR else tl.load(whole + chunk)
         before = S.to(DOT)
         if w is not None:
             readers = load_tile(w + b * w_b + at * w_t + h * w_h, w_t, row, key, inside, K)
-            wide = _load_matrix(y + chunk * (C * C), row, inside, C, Y_TRANSPOSED)
+            wide = _load_matrix(y + chunk * (C * C), row, C, Y_TRANSPOSED)
             found = dot(readers, before, DOT, PRECISION) + dot(wide, values, DOT, PRECISION)
             if u is not None:
                 store_tile(u + line * V, H * V, row, col, inside, found, V)
         if o is not None:
             readers = load_tile(q + b * q_b + at * q_t + h * q_h, q_t, row, key, inside, K)
-            wide = _load_matrix(p + chunk * (C * C), row, inside, C, P_TRANSPOSED)
+            wide = _load_matrix(p + chunk * (C * C), row, C, P_TRANSPOSED)
             out = dot(readers, before, DOT, PRECISION) + dot(wide, values, DOT, PRECISION)
             store_tile(o + line * V, H * V, row, col, inside, out, V)
 
         if whole is not None:
-            if VECTOR:
-                kept = tl.load(whole + chunk * K + key, mask=key < K, other=0.0)
-                S *= kept[:, None]
-            else:
-                kept = tl.load(whole + chunk)
-                S *= kept
+            S *= kept[:, None] if VECTOR else kept
             if total is not None:
                 decayed *= kept
         if e is not None:
@@ -179,10 +175,10 @@ def _through_segments(
 class Affine:
     """The tensors of one pass in their roles. `states` finds what each segment starts from, `run` writes the rows out.
 
-    x [B, T, H, V] and rows Q, W, E, F [B, T, H, K] of any strides; P, Y [chunks, H, C, C] contiguous, read transposed
-    if so said; `whole`: None, [chunks, H] or [chunks, H, K], float32. Chunks are numbered as `segments.cut` numbers
-    them. P and Q are given together, and so are Y, W and F. `reverse` goes from the last chunk to the first, and
-    "before" is then after.
+    x [B, T, H, V] and rows Q, W, E, F [B, T, H, K] of any strides; P, Y [chunks, H, C, C] contiguous, finite where no
+    token is, read transposed if so said; `whole`: None, [chunks, H] or [chunks, H, K], float32. Chunks are numbered as
+    `segments.cut` numbers them. P and Q are given together, and so are Y, W and F. `reverse` goes from the last chunk
+    to the first, and "before" is then after.
     """
 
     def __init__(

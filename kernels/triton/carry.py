@@ -10,7 +10,6 @@ state is ever written to memory between chunks. Katharopoulos et al. 2020 for th
 chunks.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.segments import CHUNK, Segments, combine, segment_bounds
 from subquad.kernels.triton.tiles import dot, load_tile, padded, precision, store_tile
 
@@ -34,6 +34,16 @@ def pair_weights(gap, row, DECAY: tl.constexpr, STRICT: tl.constexpr, REVERSE: t
     return tl.exp2(tl.where(counts, gap, float("-inf")))
 
 
+@triton.jit
+def gate_columns(base, token, C: tl.constexpr):
+    """(high, low, since, until) [C] of `cumulate`'s rows: one load of 16 bytes a token, in one layout."""
+    four = tl.load(base + token[:, None] * 4 + tl.arange(0, 4)[None, :])
+    even, odd = tl.split(four.reshape(C, 2, 2))
+    high, since = tl.split(even)
+    low, until = tl.split(odd)
+    return high, low, since, until
+
+
 @triton.jit(do_not_specialize=["T", "segment", "per_sequence", "packed", "carried", "emit", "n_rows"])
 def carry_pass(
     # Each row tensor [B, T, heads, width] comes with its strides and the number of our heads that share one of its.
@@ -41,7 +51,7 @@ def carry_pass(
     w, w_b, w_t, w_h, w_share,
     x, x_b, x_t, x_h, x_share,
     o,
-    # cumulated decay in powers of two, high and low parts [2, B, H, T] (gates.py); the whole of each segment [n, H]
+    # cumulated decay in powers of two [B, H, T, 4] (gates.py); the whole of each segment [n, H]
     gates, total,
     # states before and after each segment [n, H, K, V], or [n, H, V, K] if TRANSPOSED
     s_in, s_out,
@@ -75,10 +85,8 @@ def carry_pass(
     first_block = (block == 0).to(tl.int32)
     decayed = 0.0
     gate_row = gates
-    gate_low = gates
     if DECAY:
-        gate_row = gates + (b * H + h) * T
-        gate_low = gate_row + n_rows.to(tl.int64) * H
+        gate_row = gates + (b * H + h) * T * 4
 
     n_chunks = (end - start + C - 1) // C
     for i in range(n_chunks):
@@ -91,21 +99,18 @@ def carry_pass(
         values = load_tile(x + b * x_b + at * x_t + (h // x_share) * x_h, x_t, row, col, inside, V)
         if DECAY:
             final = tl.minimum(first + C, end) - 1  # rows past the end see its gate, so no difference turns positive
-            here = tl.minimum(first + row, final)
-            k_high = tl.load(gate_row + here)
-            k_low = tl.load(gate_low + here)
+            k_high, k_low, since, until = gate_columns(gate_row, tl.minimum(first + row, final), C)
             if EXCLUSIVE:  # a reader comes before its own decay
-                there = tl.minimum(first + row - 1, final)
-                q_high = tl.load(gate_row + there, mask=row > 0, other=0.0)
-                q_low = tl.load(gate_low + there, mask=row > 0, other=0.0)
+                there = tl.minimum(tl.maximum(first + row - 1, first), final)
+                q_high, q_low, since, _ = gate_columns(gate_row, there, C)
+                q_high = tl.where(row > 0, q_high, 0.0)
+                q_low = tl.where(row > 0, q_low, 0.0)
+                since = tl.where(row > 0, since, 1.0)
             else:
                 q_high, q_low = k_high, k_low
-            whole_high = tl.load(gate_row + final)
-            whole_low = tl.load(gate_low + final)
-            whole = tl.exp2(whole_high)
-            since = tl.exp2(q_high)
-            until = tl.exp2(tl.minimum((whole_high - k_high) + (whole_low - k_low), 0.0))
-            decayed += whole_high
+            whole = tl.load(gate_row + 4 * final + 2)
+            if total is not None:
+                decayed += tl.load(gate_row + 4 * final)
 
         if o is not None:
             readers = load_tile(r + b * r_b + at * r_t + (h // r_share) * r_h, r_t, row, key, inside, K)
@@ -196,10 +201,13 @@ class Pass:
         self.H, self.K = max(r.shape[2], w.shape[2], x.shape[2]), w.shape[3]
         self.more = r_more, w_more
         self.key_more, self.normalized = r_more is not None or w_more is not None, normalized
-        self.launch, self.options = _options(
-            self.K, self.V, gates is not None, exclusive, reverse, transposed, self.key_more, normalized
-        )
-        self.options = self.options | precision(x.dtype)
+        launch = config("carry", device=x.device, K=self.K, V=self.V)
+        launch["BLOCK_V"] = min(launch["BLOCK_V"], padded(self.V))
+        self.options = {
+            "K": self.K, "V": self.V, "BLOCK_K": padded(self.K), "C": CHUNK, "DECAY": gates is not None,
+            "EXCLUSIVE": exclusive, "REVERSE": reverse, "TRANSPOSED": transposed, "KEY_MORE": self.key_more,
+            "VALUE_MORE": normalized, **precision(x.dtype), **launch,
+        }  # fmt: skip
         self.blocks = -(-self.V // self.options["BLOCK_V"])
 
     def new_term(self) -> Tensor:
@@ -244,7 +252,7 @@ class Pass:
             *self._row(r), *self._row(w), *self._row(x), out, self.gates, total, s_in, s_out,
             *self._row(partner), term, *self.more, z_in, z_out, den,
             cut.table, self.T, cut.size, cut.per_sequence, cut.packed, int(before.S is not None), int(last is not None),
-            self.B * self.T, self.H, **self.options, **self.launch,
+            self.B * self.T, self.H, **self.options,
         )  # fmt: skip
 
     def _combine(self, alone, total, initial, last, ends):
@@ -267,17 +275,3 @@ class Pass:
 
     def _float(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.cut.unread.device)
-
-
-@lru_cache(maxsize=1024)
-def _options(K, V, decay, exclusive, reverse, transposed, key_more, normalized):
-    launch = _config(K, V)
-    return {"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]}, {
-        "K": K, "V": V, "BLOCK_K": padded(K), "BLOCK_V": launch["BLOCK_V"], "C": CHUNK, "DECAY": decay,
-        "EXCLUSIVE": exclusive, "REVERSE": reverse, "TRANSPOSED": transposed, "KEY_MORE": key_more,
-        "VALUE_MORE": normalized,
-    }  # fmt: skip
-
-
-def _config(K: int, V: int) -> dict[str, int]:
-    return {"BLOCK_V": min(64 if K <= 128 else 32, padded(V)), "num_warps": 4, "num_stages": 2}

@@ -8,8 +8,8 @@ from torch import Tensor
 from subquad.kernels.triton.segments import CHUNK, Segments, cut, segment_bounds
 
 
-@triton.jit(do_not_specialize=["n_rows", "T", "per_sequence", "packed"])
-def _cumulate(g, g_b, g_t, g_h, gates, table, n_rows, T, per_sequence, packed, H, C: tl.constexpr, HEADS: tl.constexpr):
+@triton.jit(do_not_specialize=["T", "per_sequence", "packed"])
+def _cumulate(g, g_b, g_t, g_h, gates, table, T, per_sequence, packed, H, C: tl.constexpr, HEADS: tl.constexpr):
     n = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     b, start, end, _ = segment_bounds(table, n, T, C, per_sequence, packed)
@@ -17,26 +17,37 @@ def _cumulate(g, g_b, g_t, g_h, gates, table, n_rows, T, per_sequence, packed, H
     inside = (row < end - start)[:, None] & (head < H)[None, :]
     at = g + b * g_b + start.to(tl.int64) * g_t + row[:, None] * g_t + head[None, :] * g_h
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float64)
-    total = tl.cumsum(gate, 0) * 1.4426950408889634
-    high = total.to(tl.float32)
-    low = (total - high.to(tl.float64)).to(tl.float32)
-    to = gates + (b * H + head[None, :]) * T + start + row[:, None]
+    to = gates + ((b * H + head[None, :]) * T + start + row[:, None]) * 4
+    cumulated = tl.cumsum(gate, 0) * 1.4426950408889634
+    high = cumulated.to(tl.float32)
+    low = (cumulated - high.to(tl.float64)).to(tl.float32)
+    rest = tl.sum(gate, 0)[None, :] * 1.4426950408889634 - cumulated
     tl.store(to, high, mask=inside)
-    tl.store(to + n_rows.to(tl.int64) * H, low, mask=inside)
+    tl.store(to + 1, low, mask=inside)
+    tl.store(to + 2, tl.exp2(high), mask=inside)
+    tl.store(to + 3, tl.exp2(tl.minimum(rest.to(tl.float32), 0.0)), mask=inside)
+
+
+def new_gates(g: Tensor) -> Tensor:
+    """Room for what `cumulate` finds."""
+    B, T, H = g.shape
+    return torch.empty((B, H, T, 4), dtype=torch.float32, device=g.device)
 
 
 def cumulate(g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Sums of a log decay [B, T, H] from the start of each chunk, in powers of two: [2, B, H, T], high and low parts.
+    """What a chunk's tokens see of a log decay [B, T, H], float32 [B, H, T, 4].
 
-    Differences of the pairs keep float64's precision: a float32 sum over gates that mix -0.01 and -1e4 is off by 4e-4.
+    Its sum from the start of the chunk in powers of two, as a high and a low part; the decay since the start; and until
+    the end. Differences of the pairs keep float64's precision: a float32 sum over gates that mix -0.01 and -1e4 is off
+    by 4e-4.
     """
-    B, T, H = g.shape
-    gates = torch.empty((2, B, H, T), dtype=torch.float32, device=g.device)
+    T, H = g.shape[1:]
+    gates = new_gates(g)
     chunks = cut(g, cu_seqlens, CHUNK)
     heads = min(16, triton.next_power_of_2(H))
     if gates.numel():
         _cumulate[(chunks.count, triton.cdiv(H, heads))](
-            g, *g.stride(), gates, chunks.table, B * T, T, chunks.per_sequence, chunks.packed, H, C=CHUNK, HEADS=heads,
+            g, *g.stride(), gates, chunks.table, T, chunks.per_sequence, chunks.packed, H, C=CHUNK, HEADS=heads,
         )  # fmt: skip
     return gates
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.carry import Pass, States
-from subquad.kernels.triton.gates import cumulate, gate_gradient
+from subquad.kernels.triton.gates import cumulate, gate_gradient, new_gates
 from subquad.kernels.triton.segments import Segments, clear_padding, segments
 from subquad.kernels.triton.step import few, step
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, rows, sum_heads
@@ -94,7 +94,7 @@ def _outputs(q, v, S, normalized, N):
 
 @linear_attention_triton.register_fake
 def _(q, k, v, g, S, z, cu_seqlens, normalized, exclusive):
-    gates = new_state(None, v) if g is None else g.new_empty(2, g.shape[0], g.shape[2], g.shape[1], dtype=torch.float32)
+    gates = new_state(None, v) if g is None else new_gates(g)
     return *_outputs(q, v, S, normalized, n_seqs(v, cu_seqlens)), gates
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64  # tokens of a chunk, in every kernel that works in chunks
-PROGRAMS = 512  # enough to fill today's GPUs several times over
+PROGRAMS = 264  # that run at once: two on each of the 132 multiprocessors of an H100 or H200
 SHORTEST = 512  # tokens; below, the states of the segments outweigh their tokens
 
 
@@ -37,9 +37,13 @@ class Segments(NamedTuple):
 
 
 def segments(like: Tensor, cu_seqlens: Tensor | None, programs: int) -> Segments:
-    """The layout for `like` [B, T, ...] and a pass of which one segment over all B rows takes `programs` programs."""
+    """The layout for `like` [B, T, ...] and a pass of which one segment over all B rows takes `programs` programs.
+
+    As many segments as run at once; fewer than three do not make up for the pass that finds their states.
+    """
     T = like.shape[1]
-    splits = max(1, min(-(-PROGRAMS // max(programs, 1)), T // SHORTEST)) if programs < PROGRAMS // 2 else 1
+    splits = min(PROGRAMS // max(programs, 1), T // SHORTEST)
+    splits = splits if splits > 2 else 1
     size = -(-max(T, 1) // splits)
     return cut(like, cu_seqlens, -(-size // CHUNK) * CHUNK)
 

@@ -51,7 +51,7 @@ def packed(*lengths: int, padding: int = 0) -> Layout:
 def tensors(
     layout: Layout, groups: str, whole: str | None, H=2, K=5, V=7, dtype=torch.float32, alike=True
 ) -> dict[str, Tensor]:
-    """Random ones, of a size that keeps S moderate; NaN wherever no token is."""
+    """Random ones, of a size that keeps S moderate; NaN in rows, and 9 in matrices, wherever no token is."""
     generator = torch.Generator().manual_seed(0)
 
     def rows(width: int, scale: float, spare: int = 3) -> Tensor:
@@ -68,7 +68,7 @@ def tensors(
             given[name] = rows(K, {"Q": 1.0, "W": 0.5 / K}.get(name, C**-0.5), spare)
     for name in "PY":
         if name in groups:
-            matrix = torch.full((layout.n_chunks, H, C, C), float("nan"))
+            matrix = torch.full((layout.n_chunks, H, C, C), 9.0)
             for _, start, end, chunk in layout.sequences:
                 for i, at in enumerate(range(start, end, C)):
                     m = min(C, end - at)
