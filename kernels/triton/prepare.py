@@ -1,10 +1,11 @@
-"""What the chunk-parallel preparations share: tiles of rows, decayed scores by halves, the triangular inverse.
+"""What the chunk-parallel preparations share: tiles of rows, decayed scores, the triangular inverse.
 
-A program takes one chunk of one head. A vector decay is only ever multiplied: blocks of 1, 2, 4, ... tokens hold their
-readers decayed since the block's start and their writers decayed to its end. Two neighbours meet in one product, late
-readers with early writers, and become one block by multiplying the late readers and the early writers with the other's
-whole decay. So log C multiplications a token stand in for C exponentials: no difference of sums that could cancel,
-nothing above one, exact for gates from 0 to -1e4.
+A program takes one chunk of one head. Mild vector decays, which a chunk's half takes nowhere below exp(-40), scale the
+readers and writers about the chunk's middle, and one product scores all pairs. Others are only ever multiplied: blocks
+of 1, 2, 4, ... tokens hold their readers decayed since the block's start and their writers decayed to its end. Two
+neighbours meet in one product, late readers with early writers, and become one block by multiplying the late readers
+and the early writers with the other's whole decay. So log C multiplications a token stand in for C exponentials: no
+difference of sums that could cancel, nothing above one, exact for gates from 0 to -1e4.
 """
 
 import torch
@@ -136,21 +137,31 @@ def by_halves(
 
 
 @triton.jit
-def neighbours(r, w):
-    """[C]: each second token's reader times the first one's writer, of the blocks of one token that `by_halves` skips.
+def cumulated_rows(g, row, C: tl.constexpr, DOT: tl.constexpr):
+    """Log decays [C, BLOCK] summed from the chunk's start, to its middle and its end; and whether they are mild.
 
-    Sums along rows are cheaper than another product, and exact.
+    Mild decays allow one product for the scores of all pairs: readers decayed since the middle (before it, grown until
+    it) with writers decayed to it. Neither factor then leaves its type's range or loses precision.
     """
-    return tl.sum(r * sibling(w), 1)
+    LIMIT: tl.constexpr = 40.0 if tl.bfloat16 == DOT else 10.0
+    middle = tl.sum(tl.where(row[:, None] < C // 2, g, 0.0), 0)
+    end = tl.sum(g, 0)
+    return tl.cumsum(g, 0), middle, end, tl.min(tl.minimum(middle, end - middle), 0) > -LIMIT
 
 
 @triton.jit
-def with_near(scores, own, near, row):
-    """scores, with the products of tokens with themselves, `own` [C], and with their neighbours."""
-    second = crossing(row, 0)
-    if own is not None:
-        scores += tl.where(row[:, None] == row[None, :], own[:, None], 0.0)
-    return scores + tl.where(second, near[:, None], 0.0)
+def neighbours(r, w, row):
+    """[C, C]: each second token's reader times the first one's writer, the blocks of one token that `by_halves` skips.
+
+    Sums along rows are cheaper than another product, and exact.
+    """
+    return tl.where(crossing(row, 0), tl.sum(r * sibling(w), 1)[:, None], 0.0)
+
+
+@triton.jit
+def with_own(scores, own, row):
+    """The scores of readers after their writers, and `own` [C] of tokens with themselves."""
+    return tl.where(row[:, None] > row[None, :], scores, tl.where(row[:, None] == row[None, :], own[:, None], 0.0))
 
 
 @triton.jit
@@ -195,5 +206,5 @@ def row_tensor(like: Tensor, H: int, K: int) -> Tensor:
 def launch(kernel: str, like: Tensor, K: int, **widths: int) -> dict[str, object]:
     """The constexpr options and launch parameters of a preparation of keys of K columns."""
     values = config(kernel, device=like.device, K=K, **widths)
-    block = min(values.pop("BLOCK_K"), padded(K))
+    block = min(values.pop("BLOCK_K"), max(padded(K), 64))  # narrower tiles are miscompiled, as the table says
     return {"K": K, "C": CHUNK, "BLOCK_K": block, "WARPS": values["num_warps"], **precision(like.dtype), **values}
