@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds, segments
-from subquad.kernels.triton.tiles import dot, load_tile, padded, precision, rows, store_tile
+from subquad.kernels.triton.tiles import dot, fetch, load_tile, padded, precision, rows, store_tile
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def affine_pass(
     table, T, segment, per_sequence, packed, carried, emit, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     VECTOR: tl.constexpr, MATRIX: tl.constexpr, REVERSE: tl.constexpr, P_TRANSPOSED: tl.constexpr,
-    Y_TRANSPOSED: tl.constexpr, ALIKE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    Y_TRANSPOSED: tl.constexpr, ALIKE: tl.constexpr, FETCH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """MATRIX: x has K more columns, of zeros, and S the identity in them, which becomes the segment's transition.
 
@@ -84,6 +85,20 @@ def affine_pass(
         line = (b * T + at) * H + h  # of a contiguous [B, T, H]
         chunk = ((first_chunk + c) * H + h).to(tl.int64)  # of a contiguous [chunks, H]
 
+        if FETCH:
+            following = tl.maximum(c - 1, 0) if REVERSE else tl.minimum(c + 1, n_chunks - 1)
+            token = tl.minimum(start + following * C + row, end - 1)
+            matrix = ((first_chunk + following) * H + h).to(tl.int64) * (C * C)
+            fetch(x + b * x_b + h * x_h, x_t, token, block * BLOCK_V, BLOCK_V, V)
+            if w is not None:
+                fetch(w + b * w_b + h * w_h, w_t, token, 0, BLOCK_K, K)
+                fetch(f + b * f_b + h * f_h, f_t, token, 0, BLOCK_K, K)
+                fetch(y + matrix, C, row, 0, C, C)
+            if o is not None:
+                fetch(q + b * q_b + h * q_h, q_t, token, 0, BLOCK_K, K)
+                fetch(p + matrix, C, row, 0, C, C)
+            if e is not None:
+                fetch(e + b * e_b + h * e_h, e_t, token, 0, BLOCK_K, K)
         if states is not None:
             store_tile(states + chunk * (K * V), V, key, col, key < K, S, V)
         values = load_tile(x + b * x_b + at * x_t + h * x_h, x_t, row, col, inside, V)
@@ -123,12 +138,15 @@ def affine_pass(
 
 @triton.jit(do_not_specialize=["per_sequence", "packed", "carried", "emit"])
 def _through_segments(
-    moves, total, initial, starts, last, first, per_sequence, packed, carried, emit, H,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PART: tl.constexpr,
-    VECTOR: tl.constexpr, MATRIX: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    moves, transitions, total, initial, starts, last, first, per_sequence, packed, carried, emit, H,
+    K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    PART: tl.constexpr, VECTOR: tl.constexpr, TRANSPOSED: tl.constexpr, REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S before each segment and after the last, from what each adds and its transition: a matrix, a decay, neither."""
-    WIDTH: tl.constexpr = V + K if MATRIX else V
+    """S before each segment and after the last, from what each adds and its transition: a matrix, a decay, neither.
+
+    moves [n, H, K, WIDTH], of which V columns count; transitions [n, H, K, K], rows V + K apart.
+    """
     block = tl.program_id(0)
     n = tl.program_id(1) // H
     h = tl.program_id(1) % H
@@ -148,15 +166,19 @@ def _through_segments(
         here = (s * H + h).to(tl.int64)
         start = starts + here * (K * V)
         move = moves + here * (K * WIDTH)
+        transition = transitions + here * (K * (V + K)) if transitions is not None else moves
         store_tile(start, V, key, col, key < K, S, V)
-        if MATRIX:
+        if transitions is not None:
             # The rows of S that a part of the matrix meets are read back from `starts`: registers cannot be sliced.
             tl.debug_barrier()
             S = load_tile(move, WIDTH, key, col, key < K, V)
             for k in tl.range(0, K, PART, num_stages=2):
                 at = k + part
+                across, down = 1, V + K
+                if TRANSPOSED:
+                    across, down = V + K, 1
                 matrix = tl.load(
-                    move + key[:, None] * WIDTH + (V + at)[None, :],
+                    transition + key[:, None] * down + at[None, :] * across,
                     mask=(key < K)[:, None] & (at < K)[None, :],
                     other=0.0,
                 )
@@ -194,7 +216,10 @@ class Affine:
         self.config = config("affine", device=x.device, K=self.K, V=self.V, size=x.element_size())
         self.config["BLOCK_V"] = min(self.config["BLOCK_V"], padded(self.V))
         programs = self.B * self.H * triton.cdiv(self.V, self.config["BLOCK_V"])
+        if W is not None:  # one fills the shared memory that two of the others share
+            programs *= 2
         self.cut: Segments = segments(x, cu_seqlens, programs)
+        self.transitions: Tensor | None = None  # of the segments [n, H, K, K], found by `states`
         self.n_chunks = self.B * max(triton.cdiv(self.T, CHUNK), 1)
         if cu_seqlens is not None:
             self.n_chunks = self.T // CHUNK + self.cut.n_seqs
@@ -202,7 +227,8 @@ class Affine:
         self.options = {
             "K": self.K, "V": self.V, "BLOCK_K": padded(self.K), "C": CHUNK, "REVERSE": reverse,
             "VECTOR": whole is not None and whole.dim() == 3, "P_TRANSPOSED": P_transposed,
-            "Y_TRANSPOSED": Y_transposed, "ALIKE": len(strides) == 1, **precision(x.dtype), **self.config,
+            "Y_TRANSPOSED": Y_transposed, "ALIKE": len(strides) == 1, "FETCH": not INTERPRETED,
+            **precision(x.dtype), **self.config,
         }  # fmt: skip
 
     def new_states(self) -> Tensor:
@@ -210,26 +236,33 @@ class Affine:
         dtype = torch.bfloat16 if self.x.dtype == torch.bfloat16 else torch.float32
         return torch.empty(self.n_chunks, self.H, self.K, self.V, dtype=dtype, device=self.x.device)
 
-    def states(self, S: Tensor | None, last: Tensor | None = None) -> Tensor | None:
-        """What each segment starts from, given what the first (reversed: last) does; the final state goes to `last`."""
+    def states(
+        self, S: Tensor | None, last: Tensor | None = None, opposite: Tensor | None = None
+    ) -> Tensor | None:  # fmt: skip
+        """What each segment starts from, given what the first (reversed: last) does; the final state goes to `last`.
+
+        opposite: the `transitions` that the pass the other way over these tokens found. A gradient's are their
+        transposes, which saves finding them.
+        """
         if self.cut.whole:
             return S
         n, H, K, V = self.cut.count, self.H, self.K, self.V
-        matrix = self.W is not None
+        matrix = self.W is not None and opposite is None
         moves = self._float(n, H, K, V + K if matrix else V)
-        total = None if matrix or self.whole is None else self._float(n, *self.whole.shape[1:])
+        total = None if self.W is not None or self.whole is None else self._float(n, *self.whole.shape[1:])
         self._launch(None, None, None, None, moves, total, matrix)
+        self.transitions = moves[..., V:] if matrix else opposite
         starts = self._float(n, H, K, V)
         if starts.numel():
             some = starts[:0]
             exact = "ieee" if self.options["PRECISION"] == "ieee" else "tf32x3"
             block = min(32, padded(V))
             _through_segments[(triton.cdiv(V, block), self.cut.n_seqs * H)](
-                moves, total, some if S is None else S, starts, some if last is None else last, self.cut.first,
-                self.cut.per_sequence, int(self.cut.packed), int(S is not None), int(last is not None), H,
-                K=K, V=V, BLOCK_K=padded(K), BLOCK_V=block, PART=min(32, padded(K)), VECTOR=self.options["VECTOR"],
-                MATRIX=matrix, REVERSE=self.options["REVERSE"], PRECISION=exact, num_warps=4 if K <= 128 else 8,
-                num_stages=1,
+                moves, self.transitions, total, some if S is None else S, starts, some if last is None else last,
+                self.cut.first, self.cut.per_sequence, self.cut.packed, int(S is not None), int(last is not None), H,
+                K=K, V=V, WIDTH=moves.shape[3], BLOCK_K=padded(K), BLOCK_V=block, PART=min(32, padded(K)),
+                VECTOR=self.options["VECTOR"], TRANSPOSED=opposite is not None, REVERSE=self.options["REVERSE"],
+                PRECISION=exact, num_warps=4 if K <= 128 else 8, num_stages=1,
             )  # fmt: skip
         return starts
 

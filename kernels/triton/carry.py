@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.segments import CHUNK, Segments, combine, segment_bounds
-from subquad.kernels.triton.tiles import dot, load_tile, padded, precision, store_tile
+from subquad.kernels.triton.tiles import dot, fetch, load_tile, padded, precision, store_tile
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def carry_pass(
     table, T, segment, per_sequence, packed, carried, emit, n_rows, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, EXCLUSIVE: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    KEY_MORE: tl.constexpr, VALUE_MORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_MORE: tl.constexpr, VALUE_MORE: tl.constexpr, FETCH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
@@ -94,6 +95,14 @@ def carry_pass(
         inside = row < end - first
         at = first.to(tl.int64)
         line = (b * T + at) * H + h  # of a contiguous [B, T, H]
+
+        if FETCH and term is None:
+            following = tl.maximum(n_chunks - 2 - i, 0) if REVERSE else tl.minimum(i + 1, n_chunks - 1)
+            token = tl.minimum(start + following * C + row, end - 1)
+            fetch(w + b * w_b + (h // w_share) * w_h, w_t, token, 0, BLOCK_K, K)
+            fetch(x + b * x_b + (h // x_share) * x_h, x_t, token, block * BLOCK_V, BLOCK_V, V)
+            if o is not None:
+                fetch(r + b * r_b + (h // r_share) * r_h, r_t, token, 0, BLOCK_K, K)
 
         writers = load_tile(w + b * w_b + at * w_t + (h // w_share) * w_h, w_t, row, key, inside, K)
         values = load_tile(x + b * x_b + at * x_t + (h // x_share) * x_h, x_t, row, col, inside, V)
@@ -206,7 +215,7 @@ class Pass:
         self.options = {
             "K": self.K, "V": self.V, "BLOCK_K": padded(self.K), "C": CHUNK, "DECAY": gates is not None,
             "EXCLUSIVE": exclusive, "REVERSE": reverse, "TRANSPOSED": transposed, "KEY_MORE": self.key_more,
-            "VALUE_MORE": normalized, **precision(x.dtype), **launch,
+            "VALUE_MORE": normalized, "FETCH": not INTERPRETED, **precision(x.dtype), **launch,
         }  # fmt: skip
         self.blocks = -(-self.V // self.options["BLOCK_V"])
 

@@ -69,6 +69,22 @@ def load_tile(base, stride, row, col, inside, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def fetch(base, stride, token, col, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Asks that columns from `col` on of the rows `token` come into the L2 cache. No interpreter knows the instruction.
+
+    Pipelined loads are issued at the end of a turn of a loop and awaited at the start of the next, which hides nothing
+    but what is already near.
+    """
+    LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2((BLOCK + LINE - 1) // LINE)
+    line = tl.minimum(col + tl.arange(0, LINES) * LINE, WIDTH - 1)
+    at = (base + token.to(tl.int64)[:, None] * stride + line[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def store_tile(base, stride, row, col, inside, value, WIDTH: tl.constexpr):
     mask = inside[:, None] & (col < WIDTH)[None, :]
     tl.store(base + row[:, None] * stride + col[None, :], value.to(base.dtype.element_ty), mask=mask)

@@ -154,6 +154,18 @@ def test_in_segments(groups, whole, reverse, dtype, short):
     assert affine.cut.per_sequence == 3
 
 
+@pytest.mark.parametrize("whole", [None, "scalar", "vector"])
+def test_transitions_found_by_the_pass_the_other_way(whole, short):
+    given = tensors(batch(2, 150), "YWF", whole)
+    S = torch.randn(2, 2, 5, 7, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    forward = Affine(**given)
+    forward.states(S)
+    given["W"], given["F"] = given["F"], given["W"]  # what they do to a state is the transpose
+    found, reused = (Affine(**given, reverse=True).states(S, None, t) for t in (None, forward.transitions))
+    assert found.shape[0] == 6
+    assert relative_error(reused, found) < BOUND[torch.float32]
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("groups", GROUPS)
 def test_one_segment_a_sequence(groups, reverse):
