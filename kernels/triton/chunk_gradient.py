@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.triton.chunk_products import chunk_products
 from subquad.kernels.triton.configs import config
+from subquad.kernels.triton.prepare import load_rows, sibling
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
 from subquad.kernels.triton.tiles import cumulated, dot, load_tile, padded, precision, rows, store_tile
 
@@ -30,28 +32,17 @@ def _add(total, a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _diagonal(pairs, row):
-    return tl.sum(tl.where(row[:, None] == row[None, :], pairs, 0.0), 1)
+def _meet(pairs, reader, writer, factor, second, row, LEVEL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """What readers in second blocks of 2^LEVEL tokens get from writers in the first ones, and those from them.
 
-
-@triton.jit
-def _decay(counts, gate, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """exp of the sums of log decays over the rows that count, [C, C] @ [C, BLOCK_K].
-
-    Terms of one sign cannot cancel, so decays come out as exact as the gates go in. A relative error of the sum counts
-    most where the decay is 1 / e: two bfloat16 parts, 16 bits, leave 3e-6 of it.
+    Rows of second blocks are readers, those of first ones writers, so one product of symmetric pairs serves both.
     """
-    weight = tl.where(counts, 1.0, 0.0).to(DOT)
-    high = gate.to(DOT)
-    if high.dtype.primitive_bitwidth == 16:
-        total = tl.dot(weight, (gate - high.to(tl.float32)).to(DOT))
-        total = tl.dot(weight, high, total)
-    else:
-        total = tl.dot(weight, high, input_precision="ieee" if PRECISION == "ieee" else "tf32x3")
-    return tl.exp(total)
+    block = row >> LEVEL
+    near = tl.where((block ^ 1)[:, None] == block[None, :], pairs, 0.0)
+    return dot(near, tl.where(second, reader, writer) * factor, DOT, PRECISION) * factor
 
 
-@triton.jit(do_not_specialize=["T", "per_sequence", "packed", "n_rows"])
+@triton.jit(do_not_specialize=["T", "per_sequence", "packed", "n_rows", "count"])
 def chunk_gradient(
     # Row tensors [B, T, heads, width] come with their strides; r and w also with how many of our heads share one.
     r1, r1_b, r1_t, r1_h, r1_share,
@@ -64,19 +55,18 @@ def chunk_gradient(
     x2, x2_b, x2_t, x2_h,
     # log decay [B, T, H] or [B, T, H, K]
     g, g_b, g_t, g_h,
-    # the delta rule's write strength [B, T, H] and values: r2 is w1 there and weighs -beta
+    # the delta rule's write strength [B, T, H]: r2 is w1 there and weighs -beta
     beta, beta_b, beta_t, beta_h,
-    v, v_b, v_t, v_h,
     # weight [H, K] of a token's own writer in what an exclusive r1 reads
     bonus,
-    # before and after each chunk [n, H, K, V]
-    states, d_states,
-    # out, contiguous: dr1, dr2, dw1, dw2, dv and a vector's dg are [B, T, H, width]; dbeta and a scalar's dg
+    # before and after each chunk [n, H, K, V]; what `chunk_products` made
+    states, d_states, pairs, own,
+    # out, contiguous: dr1, dr2, dw1, dw2 and a vector's dg are [B, T, H, width]; dbeta and a scalar's dg
     # [blocks, B, T, H]; dbonus [n, H, K]
-    dr1, dr2, dw1, dw2, dg, dv, dbeta, dbonus,
-    table, T, per_sequence, packed, n_rows, H,
+    dr1, dr2, dw1, dw2, dg, dbeta, dbonus,
+    table, T, per_sequence, packed, n_rows, count, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, WARPS: tl.constexpr,
     # Whether readers come before their own token's decay. Where only r2 does, the gates are vectors or none.
     EXCLUSIVE1: tl.constexpr, EXCLUSIVE2: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +81,8 @@ def chunk_gradient(
     n = program // (N_BLOCKS * H)
     b, start, end, _ = segment_bounds(table, n, T, C, per_sequence, packed)
     row = tl.arange(0, C)
-    key = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_key = block * BLOCK_K
+    key = first_key + tl.arange(0, BLOCK_K)
     inside = row < end - start
     at = start.to(tl.int64)
     line = ((b * T + at) * H + h).to(tl.int64)  # of a contiguous [B, T, H]
@@ -101,151 +92,122 @@ def chunk_gradient(
             tl.store(dbonus + (n * H + h) * K + key, tl.zeros([BLOCK_K], tl.float32), mask=key < K)
         return
 
-    # What each y has to do with each x, and with the states.
-    m11 = tl.zeros([C, C], tl.float32)
-    read1 = tl.zeros([C, BLOCK_K], tl.float32)
-    kept1 = tl.zeros([C, BLOCK_K], tl.float32)
-    crossing = tl.zeros([BLOCK_K], tl.float32)
+    here = (n * H + h).to(tl.int64)
+    next = count.to(tl.int64) * H
+    m11 = _matrix(pairs + here * C * C, C)
     if r2 is not None:
-        m21 = tl.zeros([C, C], tl.float32)
-        read2 = tl.zeros([C, BLOCK_K], tl.float32)
+        m21 = _matrix(pairs + (next + here) * C * C, C)
     if w2 is not None:
-        m12 = tl.zeros([C, C], tl.float32)
-        kept2 = tl.zeros([C, BLOCK_K], tl.float32)
-        if r2 is not None:
-            m22 = tl.zeros([C, C], tl.float32)
+        m12 = _matrix(pairs + (2 * next + here) * C * C, C)
+        m22 = _matrix(pairs + (3 * next + here) * C * C, C)
+    w1 += b * w1_b + at * w1_t + (h // w1_share) * w1_h
+    writer1 = load_rows(w1, w1_t, 1, end - start, first_key, K, C, BLOCK_K, WARPS)
+    r1 += b * r1_b + at * r1_t + (h // r1_share) * r1_h
+    reader1 = load_rows(r1, r1_t, 1, end - start, first_key, K, C, BLOCK_K, WARPS)
     if DELTA:
         strength = tl.load(beta + b * beta_b + at * beta_t + h * beta_h + row * beta_t, mask=inside, other=0.0)
-        strength = strength.to(tl.float32)
-        in_first = row < (end - start) * (block == 0).to(tl.int32)  # one block's programs see to what has no K
-        dstrength = tl.zeros([C], tl.float32)
-    state_at = (n * H + h).to(tl.int64) * K * V
-    for c in range(0, V, BLOCK_V):
-        col = c + tl.arange(0, BLOCK_V)
-        S = load_tile(states + state_at, V, key, col, key < K, V)
-        dS = load_tile(d_states + state_at, V, key, col, key < K, V)
-        if g is not None:
-            crossing += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-        y = load_tile(y1 + b * y1_b + at * y1_t + h * y1_h, y1_t, row, col, inside, V)
-        x = load_tile(x1 + b * x1_b + at * x1_t + h * x1_h, x1_t, row, col, inside, V)
-        m11 = _add(m11, y, tl.trans(x), DOT, PRECISION)
-        read1 = _add(read1, y, tl.trans(S), DOT, PRECISION)
-        kept1 = _add(kept1, x, tl.trans(dS), DOT, PRECISION)
-        if r2 is not None:
-            y_second = load_tile(y2 + b * y2_b + at * y2_t + h * y2_h, y2_t, row, col, inside, V)
-            m21 = _add(m21, y_second, tl.trans(x), DOT, PRECISION)
-            read2 = _add(read2, y_second, tl.trans(S), DOT, PRECISION)
-        if w2 is not None:
-            x_second = load_tile(x2 + b * x2_b + at * x2_t + h * x2_h, x2_t, row, col, inside, V)
-            m12 = _add(m12, y, tl.trans(x_second), DOT, PRECISION)
-            kept2 = _add(kept2, x_second, tl.trans(dS), DOT, PRECISION)
-            if r2 is not None:
-                m22 = _add(m22, y_second, tl.trans(x_second), DOT, PRECISION)
-        if DELTA:
-            value = load_tile(v + b * v_b + at * v_t + h * v_h, v_t, row, col, in_first, V).to(tl.float32)
-            dstrength += tl.sum(y_second.to(tl.float32) * value, 1)
-            store_tile(dv + line * V, H * V, row, col, in_first, strength[:, None] * y_second.to(tl.float32), V)
-
-    # Decays since the chunk's start and until its end.
-    if VECTOR:
-        gate = load_tile(g + b * g_b + at * g_t + h * g_h, g_t, row, key, inside, K).to(tl.float32)
-        until = _decay(row[:, None] < row[None, :], gate, DOT, PRECISION)
-        if EXCLUSIVE:
-            since = _decay(row[:, None] > row[None, :], gate, DOT, PRECISION)
-        else:
-            since = _decay(row[:, None] >= row[None, :], gate, DOT, PRECISION)
-        crossing *= tl.exp(tl.sum(gate, 0))
-    elif g is not None:
-        gate = tl.load(g + b * g_b + at * g_t + h * g_h + row * g_t, mask=inside, other=0.0)
-        q_high, q_low, k_high, k_low, since_start, until_end, whole = cumulated(gate, EXCLUSIVE)
-        since, until = since_start[:, None], until_end[:, None]
-        crossing *= tl.exp(whole)
-    else:
-        since, until = 1.0, 1.0
-
-    # The share of the states.
-    writer1 = load_tile(w1 + b * w1_b + at * w1_t + (h // w1_share) * w1_h, w1_t, row, key, inside, K).to(tl.float32)
-    reader1 = load_tile(r1 + b * r1_b + at * r1_t + (h // r1_share) * r1_h, r1_t, row, key, inside, K).to(tl.float32)
-    if APART:
-        reader1 *= tl.exp(gate)
-    read1 *= since
-    kept1 *= until
-    crossing += tl.sum(writer1 * kept1, 0)
-    if r2 is not None:
-        read2 *= since
-        if DELTA:
-            reader2 = writer1 * -strength[:, None]
-        else:
-            at2 = r2 + b * r2_b + at * r2_t + (h // r2_share) * r2_h
-            reader2 = load_tile(at2, r2_t, row, key, inside, K).to(tl.float32)
+        strength = strength.to(tl.float32)[:, None]
+        reader2 = writer1 * -strength
+    elif r2 is not None:
+        r2 += b * r2_b + at * r2_t + (h // r2_share) * r2_h
+        reader2 = load_rows(r2, r2_t, 1, end - start, first_key, K, C, BLOCK_K, WARPS)
     if w2 is not None:
-        at2 = w2 + b * w2_b + at * w2_t + (h // w2_share) * w2_h
-        writer2 = load_tile(at2, w2_t, row, key, inside, K).to(tl.float32)
-        kept2 *= until
-        crossing += tl.sum(writer2 * kept2, 0)
+        w2 += b * w2_b + at * w2_t + (h // w2_share) * w2_h
+        writer2 = load_rows(w2, w2_t, 1, end - start, first_key, K, C, BLOCK_K, WARPS)
 
     # The share of the pairs within the chunk but for each token with itself, whom no decay stands between.
     if VECTOR:
-        # Two neighbouring blocks of 1, 2, 4, .. tokens meet: readers of the second, decayed since its start, and
-        # writers of the first, decayed until its end. So no exponent is above zero, and none is a difference.
-        for level in range(LEVELS):
-            # Of each row, which rows' decays it takes and whom it meets: what depends on the level is one-dimensional
-            # first, or the compiler keeps whole matrices of indices in registers through the loop.
-            number = row >> level
-            second = (number & 1) == 1
-            first_counted = tl.where(second, number << level, row + 1)
-            end_counted = tl.where(second, row if EXCLUSIVE else row + 1, (number + 1) << level)
-            counts = (row[None, :] >= first_counted[:, None]) & (row[None, :] < end_counted[:, None])
-            decay = _decay(counts, gate, DOT, PRECISION)
-            meet = tl.where(second, number - 1, -1)[:, None] == tl.where(second, -2, number)[None, :]
-            pairs = tl.where(meet, m11, 0.0).to(DOT)
-            late, early = (reader1 * decay).to(DOT), (writer1 * decay).to(DOT)
-            to_reader = dot(pairs, early, DOT, PRECISION)
-            to_writer = dot(tl.trans(pairs), late, DOT, PRECISION)
-            if w2 is not None:
-                pairs = tl.where(meet, m12, 0.0).to(DOT)
-                early2 = (writer2 * decay).to(DOT)
-                to_reader = _add(to_reader, pairs, early2, DOT, PRECISION)
-                to_writer2 = dot(tl.trans(pairs), late, DOT, PRECISION)
-            read1 += decay * to_reader
+        g += b * g_b + at * g_t + h * g_h
+        decay = tl.exp(load_rows(g, g_t, 1, end - start, first_key, K, C, BLOCK_K, WARPS))
+        read1 = tl.zeros([C, BLOCK_K], tl.float32)
+        kept1 = tl.zeros([C, BLOCK_K], tl.float32)
+        read2 = tl.zeros([C, BLOCK_K], tl.float32)
+        kept2 = tl.zeros([C, BLOCK_K], tl.float32)
+        whole = decay  # a row a block of 2^LEVEL tokens
+        until = tl.full([C, BLOCK_K], 1.0, tl.float32)  # its end
+        since = until if EXCLUSIVE else decay  # its start
+        if APART:
+            reader1 *= decay
+        for LEVEL in tl.static_range(LEVELS):
+            second = ((row >> LEVEL) % 2 == 1)[:, None]
+            factor = tl.where(second, since, until)
+            met = _meet(m11, reader1, writer1, factor, second, row, LEVEL, DOT, PRECISION)
+            read1 += tl.where(second, met, 0.0)
+            kept1 += tl.where(second, 0.0, met)
             if r2 is not None:
-                pairs = tl.where(meet, m21, 0.0).to(DOT)
-                late = (reader2 * decay).to(DOT)
-                to_reader = dot(pairs, early, DOT, PRECISION)
-                to_writer = _add(to_writer, tl.trans(pairs), late, DOT, PRECISION)
-                if w2 is not None:
-                    pairs = tl.where(meet, m22, 0.0).to(DOT)
-                    to_reader = _add(to_reader, pairs, early2, DOT, PRECISION)
-                    to_writer2 = _add(to_writer2, tl.trans(pairs), late, DOT, PRECISION)
-                read2 += decay * to_reader
-            kept1 += decay * to_writer
+                met = _meet(m21, reader2, writer1, factor, second, row, LEVEL, DOT, PRECISION)
+                read2 += tl.where(second, met, 0.0)
+                kept1 += tl.where(second, 0.0, met)
             if w2 is not None:
-                kept2 += decay * to_writer2
+                met = _meet(m12, reader1, writer2, factor, second, row, LEVEL, DOT, PRECISION)
+                read1 += tl.where(second, met, 0.0)
+                kept2 += tl.where(second, 0.0, met)
+                met = _meet(m22, reader2, writer2, factor, second, row, LEVEL, DOT, PRECISION)
+                read2 += tl.where(second, met, 0.0)
+                kept2 += tl.where(second, 0.0, met)
+            found = sibling(whole)
+            whole = tl.max((whole * found).reshape(C >> (LEVEL + 1), 2, BLOCK_K), 1)  # the two are equal
+            other = tl.broadcast_to(found[:, None, :], (C >> LEVEL, 1 << LEVEL, BLOCK_K)).reshape(C, BLOCK_K)
+            since = tl.where(second, since * other, since)
+            until = tl.where(second, until, until * other)
+        whole = tl.sum(whole, 0)
     else:
-        weights = tl.where(row[:, None] > row[None, :], 1.0, 0.0)
-        if g is not None:
-            gap = (q_high[:, None] - k_high[None, :]) + (q_low[:, None] - k_low[None, :])
-            weights = tl.exp(tl.where(row[:, None] > row[None, :], gap, float("-inf")))
-        pairs = weights * m11
-        read1 = _add(read1, pairs, writer1, DOT, PRECISION)
-        kept1 = _add(kept1, tl.trans(pairs), reader1, DOT, PRECISION)
-        if w2 is not None:
-            pairs = weights * m12
-            read1 = _add(read1, pairs, writer2, DOT, PRECISION)
-            kept2 = _add(kept2, tl.trans(pairs), reader1, DOT, PRECISION)
+        read1 = dot(m11, writer1, DOT, PRECISION)
+        kept1 = dot(tl.trans(m11), reader1, DOT, PRECISION)
         if r2 is not None:
-            pairs = weights * m21
-            read2 = _add(read2, pairs, writer1, DOT, PRECISION)
-            kept1 = _add(kept1, tl.trans(pairs), reader2, DOT, PRECISION)
-            if w2 is not None:
-                pairs = weights * m22
-                read2 = _add(read2, pairs, writer2, DOT, PRECISION)
-                kept2 = _add(kept2, tl.trans(pairs), reader2, DOT, PRECISION)
+            read2 = dot(m21, writer1, DOT, PRECISION)
+            kept1 = _add(kept1, tl.trans(m21), reader2, DOT, PRECISION)
+        if w2 is not None:
+            read1 = _add(read1, m12, writer2, DOT, PRECISION)
+            read2 = _add(read2, m22, writer2, DOT, PRECISION)
+            kept2 = dot(tl.trans(m12), reader1, DOT, PRECISION)
+            kept2 = _add(kept2, tl.trans(m22), reader2, DOT, PRECISION)
+        if g is None:
+            since, until = 1.0, 1.0
+        else:
+            gate = tl.load(g + b * g_b + at * g_t + h * g_h + row * g_t, mask=inside, other=0.0)
+            _q_high, _q_low, _k_high, _k_low, since, until, total = cumulated(gate, EXCLUSIVE)
+            since, until, whole = since[:, None], until[:, None], tl.exp(total)
+
+    # The share of the states.
+    from_state1 = tl.zeros([C, BLOCK_K], tl.float32)
+    to_state1 = tl.zeros([C, BLOCK_K], tl.float32)
+    crossing = tl.zeros([BLOCK_K], tl.float32)
+    if r2 is not None:
+        from_state2 = tl.zeros([C, BLOCK_K], tl.float32)
+    if w2 is not None:
+        to_state2 = tl.zeros([C, BLOCK_K], tl.float32)
+    for c in range(0, V, BLOCK_V):
+        col = c + tl.arange(0, BLOCK_V)
+        S = load_tile(states + here * K * V, V, key, col, key < K, V)
+        dS = load_tile(d_states + here * K * V, V, key, col, key < K, V)
+        if g is not None:
+            crossing += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+        y = load_tile(y1 + b * y1_b + at * y1_t + h * y1_h, y1_t, row, col, inside, V)
+        from_state1 = _add(from_state1, y, tl.trans(S), DOT, PRECISION)
+        x = load_tile(x1 + b * x1_b + at * x1_t + h * x1_h, x1_t, row, col, inside, V)
+        to_state1 = _add(to_state1, x, tl.trans(dS), DOT, PRECISION)
+        if r2 is not None:
+            y = load_tile(y2 + b * y2_b + at * y2_t + h * y2_h, y2_t, row, col, inside, V)
+            from_state2 = _add(from_state2, y, tl.trans(S), DOT, PRECISION)
+        if w2 is not None:
+            x = load_tile(x2 + b * x2_b + at * x2_t + h * x2_h, x2_t, row, col, inside, V)
+            to_state2 = _add(to_state2, x, tl.trans(dS), DOT, PRECISION)
+    read1 += from_state1 * since
+    to_state1 *= until
+    kept1 += to_state1
+    if r2 is not None:
+        read2 += from_state2 * since
+    if w2 is not None:
+        to_state2 *= until
+        kept2 += to_state2
 
     # A decay stands between all that was written before it and all that is read from it on, or after it.
     if g is not None:
+        crossing = crossing * whole + tl.sum(writer1 * to_state1, 0)
         change = reader1 * read1 - writer1 * kept1
         if w2 is not None:
+            crossing += tl.sum(writer2 * to_state2, 0)
             change -= writer2 * kept2
         if r2 is not None:
             change += reader2 * read2
@@ -264,37 +226,39 @@ def chunk_gradient(
             tl.store(dg + part + row * H, dgate.to(tl.float32), mask=inside)
 
     if APART:
-        gate = load_tile(g + b * g_b + at * g_t + h * g_h, g_t, row, key, inside, K).to(tl.float32)
-        read1 *= tl.exp(gate)
-        reader1 = load_tile(r1 + b * r1_b + at * r1_t + (h // r1_share) * r1_h, r1_t, row, key, inside, K)
-        reader1 = reader1.to(tl.float32)
+        read1 *= decay
+        reader1 = load_rows(r1, r1_t, 1, end - start, first_key, K, C, BLOCK_K, WARPS)
+    same = tl.load(own + here * C + row)[:, None]
     if EXCLUSIVE1:
         if bonus is not None:
             own_weight = tl.load(bonus + h * K + key, mask=key < K, other=0.0).to(tl.float32)[None, :]
-            same = _diagonal(m11, row)[:, None]
             d_weight = tl.sum(same * reader1 * writer1, 0)
             tl.store(dbonus + (n * H + h) * K + key, d_weight, mask=key < K)
             read1 += same * own_weight * writer1
             kept1 += same * own_weight * reader1
     else:
-        same = _diagonal(m11, row)[:, None]
         read1 += same * writer1
         kept1 += same * reader1
         if w2 is not None:
-            same = _diagonal(m12, row)[:, None]
+            same = tl.load(own + (next + here) * C + row)[:, None]
             read1 += same * writer2
             kept2 += same * reader1
 
     if DELTA:
-        dstrength -= tl.sum(writer1 * read2, 1)
-        kept1 -= strength[:, None] * read2
-        tl.store(dbeta + part + row * H, dstrength, mask=inside)
+        tl.store(dbeta + part + row * H, -tl.sum(writer1 * read2, 1), mask=inside)
+        kept1 -= strength * read2
     elif r2 is not None:
         store_tile(dr2 + line * K, H * K, row, key, inside, read2, K)
     store_tile(dr1 + line * K, H * K, row, key, inside, read1, K)
     store_tile(dw1 + line * K, H * K, row, key, inside, kept1, K)
     if w2 is not None:
         store_tile(dw2 + line * K, H * K, row, key, inside, kept2, K)
+
+
+@triton.jit
+def _matrix(base, C: tl.constexpr):
+    row = tl.arange(0, C)
+    return tl.load(base + row[:, None] * C + row[None, :])
 
 
 class LinearGradient(NamedTuple):
@@ -347,7 +311,7 @@ def delta_gradient(
     """Of the delta rule; u: its writes [B, T, H, V], e: their whole gradient."""
     launch = _Launch("delta_gradient", v, g, k, chunks)
     dq, dk, dv = launch.like(q), launch.like(k), torch.empty_like(v, memory_format=torch.contiguous_format)
-    dbeta = launch.parts()
+    dbeta = launch.parts(launch.blocks + 1)
     launch(q, k, k, None, do, e, u, None, states, d_states, dr1=dq, dw1=dk, beta=beta, v=v, dv=dv, dbeta=dbeta)
     return DeltaGradient(dq, dk, dv, _sum(dbeta).to(beta.dtype), launch.dg())
 
@@ -369,15 +333,15 @@ class _Launch:
     def __init__(self, kernel: str, v: Tensor, g: Tensor | None, k: Tensor, chunks: Segments):
         self.B, self.T, self.H, self.V = v.shape
         self.v, self.g, self.K, self.chunks = v, g, k.shape[3], chunks
-        gates = 0 if g is None else g.dim() - 2  # none, one a head, one a channel
-        chosen = config(kernel, device=v.device, K=self.K, V=self.V, size=v.element_size(), gates=gates)
+        self.gates = 0 if g is None else g.dim() - 2  # none, one a head, one a channel
+        chosen = config(kernel, device=v.device, K=self.K, V=self.V, size=v.element_size(), gates=self.gates)
         tiles = {"BLOCK_K": min(chosen["BLOCK_K"], padded(self.K)), "BLOCK_V": min(chosen["BLOCK_V"], padded(self.V))}
         self.blocks = -(-self.K // tiles["BLOCK_K"])
+        self.always = {"V": self.V, "C": CHUNK, "VECTOR": self.gates == 2, **precision(v.dtype)}
         self.options = {
-            "K": self.K, "V": self.V, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "VECTOR": gates == 2,
-            **precision(v.dtype), **chosen, **tiles,
+            "K": self.K, "LEVELS": CHUNK.bit_length() - 1, "WARPS": chosen["num_warps"], **chosen, **tiles,
         }  # fmt: skip
-        self._dg = None if g is None else self.new(*g.shape) if gates == 2 else self.parts()
+        self._dg = None if g is None else self.new(*g.shape) if self.gates == 2 else self.parts(self.blocks)
 
     def __call__(
         self, r1, r2, w1, w2, y1, y2, x1, x2, states, d_states, *,
@@ -385,15 +349,28 @@ class _Launch:
         exclusive=(False, False),
     ) -> None:  # fmt: skip
         chunks = self.chunks
-        if not chunks.count or not self.H:
+        programs = chunks.count * self.H
+        if not programs:
             return
-        shared = [argument for x in (r1, r2, w1, w2) for argument in self._shared(x)]
         gates = (None, 0, 0, 0) if self.g is None else self._row(self.g) if self.g.dim() == 4 else self._head(self.g)
-        chunk_gradient[(chunks.count * self.H * self.blocks,)](
-            *shared, *self._row(y1), *self._row(y2), *self._row(x1), *self._row(x2), *gates, *self._head(beta),
-            *self._row(v), bonus, states, d_states, dr1, dr2, dw1, dw2, self._dg, dv, dbeta, dbonus,
-            chunks.table, self.T, chunks.per_sequence, int(chunks.packed), self.B * self.T, self.H,
-            EXCLUSIVE1=exclusive[0], EXCLUSIVE2=exclusive[1], **self.options,
+        values = (*self._row(y1), *self._row(y2), *self._row(x1), *self._row(x2), *gates, *self._head(beta))
+        where = (chunks.table, self.T, chunks.per_sequence, int(chunks.packed))
+        # Products of float16 go through tf32, whose range they may need.
+        dtype = self.v.dtype if self.v.dtype == torch.bfloat16 else torch.float32
+        matrices = 1 if r2 is None else 2 if w2 is None else 4
+        pairs = torch.empty(matrices, programs, CHUNK, CHUNK, dtype=dtype, device=self.v.device)
+        own = self.new(2 if w2 is not None else 1, programs, CHUNK)
+        tiles = config("chunk_products", device=self.v.device, V=self.V, size=self.v.element_size())
+        tiles["BLOCK_V"] = min(tiles["BLOCK_V"], padded(self.V))
+        chunk_products[(programs,)](
+            *values, *self._row(v), pairs, own, dv, None if dbeta is None else dbeta[self.blocks], *where,
+            chunks.count, self.H, EXCLUSIVE=exclusive[0], **self.always, **tiles,
+        )  # fmt: skip
+        shared = [argument for x in (r1, r2, w1, w2) for argument in self._shared(x)]
+        chunk_gradient[(programs * self.blocks,)](
+            *shared, *values, bonus, states, d_states, pairs, own, dr1, dr2, dw1, dw2, self._dg, dbeta, dbonus,
+            *where, self.B * self.T, chunks.count, self.H,
+            EXCLUSIVE1=exclusive[0], EXCLUSIVE2=exclusive[1], **self.always, **self.options,
         )  # fmt: skip
 
     def dg(self) -> Tensor | None:
@@ -403,9 +380,9 @@ class _Launch:
         """For the gradient of x [B, T, heads, K], with all heads."""
         return torch.empty((*x.shape[:2], self.H, x.shape[3]), dtype=x.dtype, device=x.device)
 
-    def parts(self) -> Tensor:
+    def parts(self, count: int) -> Tensor:
         """For sums over K, a part a block of it."""
-        return self.new(self.blocks, self.B, self.T, self.H)
+        return self.new(count, self.B, self.T, self.H)
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.v.device)

@@ -82,6 +82,11 @@ SHIPPED: dict[str, Kernel] = {
         default={"BLOCK_V": 16, "num_warps": 2, "num_stages": 1},
         candidates={"BLOCK_V": (16, 32, 64), "num_warps": (1, 2, 4, 8), "num_stages": (1,)},
     ),
+    # The products y . x of all chunks, before the gradients.
+    "chunk_products": Kernel(
+        default={"BLOCK_V": 64, "num_warps": 4, "num_stages": 1},
+        candidates={"BLOCK_V": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
+    ),
     # All chunks side by side, BLOCK_K columns a program; `gates`: 0 none, 1 one a head, 2 one a channel. Tiles of 64
     # tokens and products of 64 x 64 fill the registers: wider blocks than these spill.
     "linear_gradient": Kernel(
@@ -95,8 +100,13 @@ SHIPPED: dict[str, Kernel] = {
         entries=(
             Entry(
                 H200,
+                {"K": 256, "V": 256, "size": 2, "gates": 0},
+                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 1},
+            ),
+            Entry(
+                H200,
                 {"K": 256, "V": 256, "size": 2, "gates": 1},
-                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 8, "num_stages": 2},
+                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 8, "num_stages": 1},
             ),
             Entry(H200, {"K": 256, "V": 256, "size": 2, "gates": 2}, _GRADIENT_32 | {"num_warps": 4}),
         ),

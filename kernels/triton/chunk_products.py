@@ -1,0 +1,114 @@
+"""What upstream gradients and values [V] of a chunk have to do with each other: the pairs of `chunk_gradient`.
+
+They do not depend on the columns of K, so they are made once, before the gradients of any block of those.
+"""
+
+import triton
+import triton.language as tl
+
+from subquad.kernels.triton.prepare import store_matrix
+from subquad.kernels.triton.segments import segment_bounds
+from subquad.kernels.triton.tiles import cumulated, load_tile, store_tile
+
+
+@triton.jit
+def _add(total, a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    return tl.dot(a.to(DOT), tl.trans(b).to(DOT), total, input_precision=PRECISION)
+
+
+@triton.jit
+def _store(base, pairs, weights, VECTOR: tl.constexpr, C: tl.constexpr):
+    """Of different tokens, the reader after the writer; for a vector decay both ways."""
+    pairs *= weights
+    if VECTOR:
+        pairs += tl.trans(pairs)
+    store_matrix(base, pairs, C)
+
+
+@triton.jit
+def _store_own(base, pairs, row):
+    own = tl.sum(tl.where(row[:, None] == row[None, :], pairs, 0.0), 1)
+    tl.store(base + row, own)
+
+
+@triton.jit(do_not_specialize=["T", "per_sequence", "packed", "count"])
+def chunk_products(
+    # [B, T, H, V]
+    y1, y1_b, y1_t, y1_h,
+    y2, y2_b, y2_t, y2_h,
+    x1, x1_b, x1_t, x1_h,
+    x2, x2_b, x2_t, x2_h,
+    # log decay [B, T, H] or [B, T, H, K]
+    g, g_b, g_t, g_h,
+    # the delta rule's write strength [B, T, H] and values
+    beta, beta_b, beta_t, beta_h,
+    v, v_b, v_t, v_h,
+    # out: pairs [4, n, H, C, C] of y1 x1, y2 x1, y1 x2, y2 x2, and own [2, n, H, C], those of a token itself; the
+    # shares without K of dv [B, T, H, V] and dbeta [B, T, H]
+    pairs, own, dv, dbeta,
+    table, T, per_sequence, packed, count, H,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    b, start, end, _chunk = segment_bounds(table, n, T, C, per_sequence, packed)
+    if end <= start:
+        return
+    row = tl.arange(0, C)
+    inside = row < end - start
+    at = start.to(tl.int64)
+    line = ((b * T + at) * H + h).to(tl.int64)
+    y1 += b * y1_b + at * y1_t + h * y1_h
+    x1 += b * x1_b + at * x1_t + h * x1_h
+    m11 = tl.zeros([C, C], tl.float32)
+    if y2 is not None:
+        y2 += b * y2_b + at * y2_t + h * y2_h
+        m21 = tl.zeros([C, C], tl.float32)
+    if x2 is not None:
+        x2 += b * x2_b + at * x2_t + h * x2_h
+        m12 = tl.zeros([C, C], tl.float32)
+        m22 = tl.zeros([C, C], tl.float32)
+    if beta is not None:
+        strength = tl.load(beta + b * beta_b + at * beta_t + h * beta_h + row * beta_t, mask=inside, other=0.0)
+        strength = strength.to(tl.float32)[:, None]
+        v += b * v_b + at * v_t + h * v_h
+        dstrength = tl.zeros([C], tl.float32)
+    for c in range(0, V, BLOCK_V):
+        col = c + tl.arange(0, BLOCK_V)
+        y = load_tile(y1, y1_t, row, col, inside, V)
+        x = load_tile(x1, x1_t, row, col, inside, V)
+        m11 = _add(m11, y, x, DOT, PRECISION)
+        if y2 is not None:
+            y_second = load_tile(y2, y2_t, row, col, inside, V)
+            m21 = _add(m21, y_second, x, DOT, PRECISION)
+        if x2 is not None:
+            x_second = load_tile(x2, x2_t, row, col, inside, V)
+            m12 = _add(m12, y, x_second, DOT, PRECISION)
+            m22 = _add(m22, y_second, x_second, DOT, PRECISION)
+        if beta is not None:
+            value = load_tile(v, v_t, row, col, inside, V).to(tl.float32)
+            upstream = y_second.to(tl.float32)
+            dstrength += tl.sum(upstream * value, 1)
+            store_tile(dv + line * V, H * V, row, col, inside, strength * upstream, V)
+    if beta is not None:
+        tl.store(dbeta + line + row * H, dstrength, mask=inside)
+
+    after = row[:, None] > row[None, :]
+    if g is None or VECTOR:
+        weights = tl.where(after, 1.0, 0.0)
+    else:
+        gate = tl.load(g + b * g_b + at * g_t + h * g_h + row * g_t, mask=inside, other=0.0)
+        q_high, q_low, k_high, k_low, _since, _until, _whole = cumulated(gate, EXCLUSIVE)
+        gap = (q_high[:, None] - k_high[None, :]) + (q_low[:, None] - k_low[None, :])
+        weights = tl.exp(tl.where(after, gap, float("-inf")))
+    here = tl.program_id(0).to(tl.int64)
+    next = count.to(tl.int64) * H
+    _store_own(own + here * C, m11, row)
+    _store(pairs + here * C * C, m11, weights, VECTOR, C)
+    if y2 is not None:
+        _store(pairs + (next + here) * C * C, m21, weights, VECTOR, C)
+    if x2 is not None:
+        _store_own(own + (next + here) * C, m12, row)
+        _store(pairs + (2 * next + here) * C * C, m12, weights, VECTOR, C)
+        _store(pairs + (3 * next + here) * C * C, m22, weights, VECTOR, C)
