@@ -49,7 +49,8 @@ def rotate(x: Float[Tensor, "B T H K"], cos: Tensor, sin: Tensor) -> Float[Tenso
     """x with its first R features rotated pairwise, feature r with feature r + R / 2; the rest is left as it is."""
     width = cos.shape[-1]
     part = (x if width == x.shape[-1] else x[..., :width]).to(cos.dtype)
-    turned = torch.addcmul(part * cos, part.roll(width // 2, -1), sin).to(x.dtype)
+    swapped = torch.cat([part[..., width // 2 :], part[..., : width // 2]], -1)
+    turned = torch.addcmul(part * cos, swapped, sin).to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 
 

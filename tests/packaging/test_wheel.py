@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from subquad.compare.kernel_cases import PEERS
+
 ROOT = Path(__file__).parents[2]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
@@ -30,8 +32,9 @@ def sources(tmp_path_factory):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
     folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"].values()
-    for name in folders:
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in sorted(folders):  # a folder before those within it, which come along
+        if not (copy / name).exists():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     deep = copy / "configs" / "below" / "further"
     deep.mkdir(parents=True)
     (deep / "nested.yaml").write_text("d_model: 8\n")
@@ -119,7 +122,7 @@ def test_public_signatures_type_check(installed, tmp_path):
 
 
 def test_dependencies_cover_the_imports():
-    """Every third-party module that subquad imports belongs to a declared dependency."""
+    """Every third-party module that subquad imports belongs to a declared dependency, or is a library to compare with."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     declared = {d.split(";")[0].split("[")[0].split(">")[0].strip().lower() for d in project["project"]["dependencies"]}
     imported = set()
@@ -131,6 +134,6 @@ def test_dependencies_cover_the_imports():
                 elif isinstance(node, ast.ImportFrom):
                     imported.add(node.module.split(".")[0])
     homes = packages_distributions()
-    foreign = imported - set(sys.stdlib_module_names) - {"subquad"}
+    foreign = imported - set(sys.stdlib_module_names) - set(PEERS) - {"subquad"}
     undeclared = {name for name in foreign if not declared & {home.lower() for home in homes.get(name, [])}}
     assert not undeclared

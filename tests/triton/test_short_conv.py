@@ -147,8 +147,8 @@ def test_gradients_repeat():
 def test_registration():
     x, weight = torch.randn(2, 3, 4, device=DEVICE, requires_grad=True), torch.randn(4, 3, device=DEVICE)
     state = torch.randn(2, 2, 4, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(_conv, (x, weight.requires_grad_(), None, state, None, True))
-    torch.library.opcheck(_conv, (x, None, None, None, None, False))
+    torch.library.opcheck(_conv.op, (x, weight.requires_grad_(), None, state, None, True))
+    torch.library.opcheck(_conv.op, (x, None, None, None, None, False))
 
 
 @pytest.mark.parametrize("grad", [False, True])
