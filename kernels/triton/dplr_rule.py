@@ -7,7 +7,7 @@ from subquad.kernels.operators import operator
 from subquad.kernels.triton.affine import Affine
 from subquad.kernels.triton.chunk_gradient import dplr_gradient
 from subquad.kernels.triton.prepare_dplr import prepare_dplr
-from subquad.kernels.triton.segments import CHUNK, clear_padding, cut
+from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated
 from subquad.kernels.triton.step import few, step
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state
 
@@ -20,7 +20,8 @@ def form(q, k, v, a, b, g, S, cu_seqlens):
         return dplr_rule_step_(q, k, v, a, b, g, S, cu_seqlens), S
     if in_place(S):
         return dplr_rule_triton_(q, k, v, a, b, g, S, cu_seqlens), S
-    return dplr_rule_triton(q, k, v, a, b, g, accumulating(S), cu_seqlens)
+    keep = differentiated(q, k, v, a, b, g, S)
+    return dplr_rule_triton(q, k, v, a, b, g, accumulating(S), cu_seqlens, keep)[:2]
 
 
 @operator("dplr_rule_step_", mutates_args=("S",))
@@ -38,11 +39,12 @@ def _(q, k, v, a, b, g, S, cu_seqlens):
 
 @operator("dplr_rule_triton")
 def dplr_rule_triton(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, S: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(out [B, T, H, V], the new state, empty unless one was given)."""
-    last = new_state(S, v)
-    return _forward(q, k, v, a, b, g, S, cu_seqlens, last), last
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, S: Tensor | None,
+    cu_seqlens: Tensor | None, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out [B, T, H, V], the new state, empty unless one was given; if `keep`, what a reads and the chunks' states)."""
+    last, kept = new_state(S, v), _kept(q, v, cu_seqlens, keep)
+    return _forward(q, k, v, a, b, g, S, cu_seqlens, last, *(kept if keep else (None, None))), last, *kept
 
 
 @operator("dplr_rule_triton_", mutates_args=("S",))
@@ -54,8 +56,8 @@ def dplr_rule_triton_(
 
 
 @dplr_rule_triton.register_fake
-def _(q, k, v, a, b, g, S, cu_seqlens):
-    return torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v)
+def _(q, k, v, a, b, g, S, cu_seqlens, keep):
+    return torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v), *_kept(q, v, cu_seqlens, keep)
 
 
 @dplr_rule_triton_.register_fake
@@ -63,27 +65,28 @@ def _(q, k, v, a, b, g, S, cu_seqlens):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-def _forward(q, k, v, a, b, g, S, cu_seqlens, last):
+def _kept(q, v, cu_seqlens, keep):
+    """Room for what a reads and for the states before each chunk, which the gradients need."""
+    if not keep:
+        return new_state(None, v), new_state(None, v)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), chunk_states(v, q.shape[3], cu_seqlens)
+
+
+def _forward(q, k, v, a, b, g, S, cu_seqlens, last, u=None, states=None):
     P, Q, Y, W, E, F, whole = prepare_dplr(q, k, a, b, g, cut(v, cu_seqlens, CHUNK))
     run = Affine(v, Q=Q, P=P, Y=Y, W=W, E=E, F=F, whole=whole, cu_seqlens=cu_seqlens)
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
-    run.run(run.states(S, last), out, last=last)
+    run.run(run.states(S, last), out, u=u, states=states, last=last)
     return clear_padding(out, cu_seqlens)
 
 
 @operator("dplr_rule_triton_backward")
 def dplr_rule_triton_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None,
-    S: Tensor | None, cu_seqlens: Tensor | None,
+    S: Tensor | None, cu_seqlens: Tensor | None, u: Tensor, states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, a, b, g, S; empty where there is none."""
+    """Gradients of q, k, v, a, b, g, S; empty where there is none. u, states: as forward kept them."""
     chunks = cut(v, cu_seqlens, CHUNK)
-    _, _, Y, W, E, F, whole = prepare_dplr(q, k, a, b, g, chunks)
-    run = Affine(v, Y=Y, W=W, E=E, F=F, whole=whole, cu_seqlens=cu_seqlens)
-    u, states = torch.empty_like(v, memory_format=torch.contiguous_format), run.new_states()
-    run.run(run.states(S), u=u, states=states)
-    del Y, W, E, F, run
-
     P, Q, Y, W, E, F, whole = prepare_dplr(q, k, a, b, g, chunks, reverse=True)
     back = Affine(do, Q=Q, P=P, Y=Y, W=W, E=E, F=F, whole=whole, cu_seqlens=cu_seqlens, reverse=True)
     e, dv, d_states, dS0 = torch.empty_like(u), torch.empty_like(u), back.new_states(), new_state(S, v)
@@ -98,7 +101,7 @@ def dplr_rule_triton_backward(
 
 
 @dplr_rule_triton_backward.register_fake
-def _(do, dS, q, k, v, a, b, g, S, cu_seqlens):
+def _(do, dS, q, k, v, a, b, g, S, cu_seqlens, u, states):
     dg, dS0 = new_state(g, v), new_state(S, v)
     same = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, a, b))
     return (*same, dg, dS0)
@@ -106,15 +109,16 @@ def _(do, dS, q, k, v, a, b, g, S, cu_seqlens):
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:-1], *output[2:])
 
 
-def _backward(ctx, do, dS):
-    q, k, v, a, b, g, S, cu_seqlens = ctx.saved_tensors
+def _backward(ctx, do, dS, *_):
+    q, k, v, a, b, g, S, cu_seqlens, u, states = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
-    found = dplr_rule_triton_backward(do, None if S is None else dS, q, k, v, a, b, g, S, cu_seqlens)
+    dS = None if S is None else dS
+    found = dplr_rule_triton_backward(do, dS, q, k, v, a, b, g, S, cu_seqlens, u, states)
     inputs = (q, k, v, a, b, g, S)
-    return (*(x if given is not None else None for x, given in zip(found, inputs, strict=True)), None)
+    return (*(x if given is not None else None for x, given in zip(found, inputs, strict=True)), None, None)
 
 
 dplr_rule_triton.register_autograd(_backward, setup_context=_save)

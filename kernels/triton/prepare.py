@@ -1,11 +1,10 @@
-"""What the chunk-parallel preparations share: tiles of rows, decayed scores, the triangular inverse.
+"""What the chunk-parallel preparations share: tiles of rows, decayed scores by halves, the triangular inverse.
 
-A program takes one chunk of one head. Mild vector decays, which a chunk's half takes nowhere below exp(-40), scale the
-readers and writers about the chunk's middle, and one product scores all pairs. Others are only ever multiplied: blocks
-of 1, 2, 4, ... tokens hold their readers decayed since the block's start and their writers decayed to its end. Two
-neighbours meet in one product, late readers with early writers, and become one block by multiplying the late readers
-and the early writers with the other's whole decay. So log C multiplications a token stand in for C exponentials: no
-difference of sums that could cancel, nothing above one, exact for gates from 0 to -1e4.
+A program takes one chunk of one head. A vector decay is only ever multiplied: blocks of 1, 2, 4, ... tokens hold their
+readers decayed since the block's start and their writers decayed to its end. Two neighbours meet in one product, late
+readers with early writers, and become one block by multiplying the late readers and the early writers with the other's
+whole decay. So log C multiplications a token stand in for C exponentials: no difference of sums that could cancel,
+nothing above one, exact for gates from 0 to -1e4.
 """
 
 import torch
@@ -137,31 +136,21 @@ def by_halves(
 
 
 @triton.jit
-def cumulated_rows(g, row, C: tl.constexpr, DOT: tl.constexpr):
-    """Log decays [C, BLOCK] summed from the chunk's start, to its middle and its end; and whether they are mild.
-
-    Mild decays allow one product for the scores of all pairs: readers decayed since the middle (before it, grown until
-    it) with writers decayed to it. Neither factor then leaves its type's range or loses precision.
-    """
-    LIMIT: tl.constexpr = 40.0 if tl.bfloat16 == DOT else 10.0
-    middle = tl.sum(tl.where(row[:, None] < C // 2, g, 0.0), 0)
-    end = tl.sum(g, 0)
-    return tl.cumsum(g, 0), middle, end, tl.min(tl.minimum(middle, end - middle), 0) > -LIMIT
-
-
-@triton.jit
-def neighbours(r, w, row):
-    """[C, C]: each second token's reader times the first one's writer, the blocks of one token that `by_halves` skips.
+def neighbours(r, w):
+    """[C]: each second token's reader times the first one's writer, of the blocks of one token that `by_halves` skips.
 
     Sums along rows are cheaper than another product, and exact.
     """
-    return tl.where(crossing(row, 0), tl.sum(r * sibling(w), 1)[:, None], 0.0)
+    return tl.sum(r * sibling(w), 1)
 
 
 @triton.jit
-def with_own(scores, own, row):
-    """The scores of readers after their writers, and `own` [C] of tokens with themselves."""
-    return tl.where(row[:, None] > row[None, :], scores, tl.where(row[:, None] == row[None, :], own[:, None], 0.0))
+def with_near(scores, own, near, row):
+    """scores, with the products of tokens with themselves, `own` [C], and with their neighbours."""
+    second = crossing(row, 0)
+    if own is not None:
+        scores += tl.where(row[:, None] == row[None, :], own[:, None], 0.0)
+    return scores + tl.where(second, near[:, None], 0.0)
 
 
 @triton.jit

@@ -10,7 +10,6 @@ from torch import Tensor
 from subquad.kernels.triton.prepare import (
     by_halves,
     chunk_matrices,
-    cumulated_rows,
     inverse,
     launch,
     load_rows,
@@ -19,7 +18,7 @@ from subquad.kernels.triton.prepare import (
     store_matrix,
     store_rows,
     store_whole,
-    with_own,
+    with_near,
 )
 from subquad.kernels.triton.segments import Segments, segment_bounds
 from subquad.kernels.triton.tiles import cumulated, dot, load_tile, rows, store_tile
@@ -111,33 +110,21 @@ def prepare_delta_kernel(
     A = tl.zeros([C, C], tl.float32)
     if GATE == 2:
         own = tl.zeros([C], tl.float32)
+        near = tl.zeros([C], tl.float32)
+        near_key = tl.zeros([C], tl.float32)
         for c in range(0, K, BLOCK_K):
             reader = load_rows(q, q_t, 1, count, c, K, C, BLOCK_K, WARPS)
             key = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
-            gate = load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS)
+            decay = tl.exp(load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS))
             own += tl.sum(reader * key, 1)
-            sums, middle, last, mild = cumulated_rows(gate, row, C, DOT)
-            if mild:
-                since = tl.exp(sums - middle[None, :])
-                reader *= since
-                late = key * since
-                key *= tl.exp(middle[None, :] - sums)
-                P0 = tl.dot(reader.to(DOT), tl.trans(key.to(DOT)), P0, input_precision=PRECISION)
-                A = tl.dot(late.to(DOT), tl.trans(key.to(DOT)), A, input_precision=PRECISION)
-                reader *= tl.exp(middle)[None, :]
-                late *= tl.exp(middle)[None, :]
-                key *= tl.exp(last - middle)[None, :]
-                kept = tl.exp(last)[None, :]
-            else:
-                decay = tl.exp(gate)
-                reader *= decay
-                late = key * decay
-                P0 += neighbours(reader, key, row)
-                A += neighbours(late, key, row)
-                P0, _s12, A, _s22, reader, late, key, _w2, kept = by_halves(
-                    reader, late, key, key, decay, P0, P0, A, A, row, C, 2, 1, DOT, PRECISION
-                )
-            store_whole(whole + here * K, c, K, kept)
+            reader *= decay
+            late = key * decay
+            near += neighbours(reader, key)
+            near_key += neighbours(late, key)
+            P0, _s12, A, _s22, reader, late, key, _w2, total = by_halves(
+                reader, late, key, key, decay, P0, P0, A, A, row, C, 2, 1, DOT, PRECISION
+            )
+            store_whole(whole + here * K, c, K, total)
             store_rows(Q + out, line, count, c, K, reader, C, BLOCK_K, WARPS)
             if REVERSE:
                 store_rows(W + out, line, count, c, K, key, C, BLOCK_K, WARPS)
@@ -145,7 +132,8 @@ def prepare_delta_kernel(
             else:
                 store_rows(W + out, line, count, c, K, late, C, BLOCK_K, WARPS)
                 store_rows(F + out, line, count, c, K, key, C, BLOCK_K, WARPS)
-        P0 = with_own(P0, own, row)
+        P0 = with_near(P0, own, near, row)
+        A = with_near(A, None, near_key, row)
         tl.debug_barrier()
     else:
         for c in tl.static_range(0, K, BLOCK_K):

@@ -10,7 +10,6 @@ from torch import Tensor
 from subquad.kernels.triton.prepare import (
     by_halves,
     chunk_matrices,
-    cumulated_rows,
     inverse,
     launch,
     load_matrix,
@@ -20,7 +19,7 @@ from subquad.kernels.triton.prepare import (
     store_matrix,
     store_rows,
     store_whole,
-    with_own,
+    with_near,
 )
 from subquad.kernels.triton.segments import Segments, segment_bounds
 from subquad.kernels.triton.tiles import dot, rows
@@ -103,35 +102,23 @@ def prepare_dplr_kernel(
     qb = tl.zeros([C, C], tl.float32)
     own_k = tl.zeros([C], tl.float32)
     own_b = tl.zeros([C], tl.float32)
+    near_k = tl.zeros([C], tl.float32)
+    near_b = tl.zeros([C], tl.float32)
     for c in range(0, K, BLOCK_K):
         query = load_rows(q, q_t, 1, count, c, K, C, BLOCK_K, WARPS)
         key = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
         writer = load_rows(b, b_t, 1, count, c, K, C, BLOCK_K, WARPS)
         if DECAY:
-            gate = load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS)
+            decay = tl.exp(load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS))
             own_k += tl.sum(query * key, 1)
             own_b += tl.sum(query * writer, 1)
-            sums, middle, last, mild = cumulated_rows(gate, row, C, DOT)
-            if mild:
-                query *= tl.exp(sums - middle[None, :])
-                early = tl.exp(middle[None, :] - sums)
-                key *= early
-                writer *= early
-                qk = tl.dot(query.to(DOT), tl.trans(key.to(DOT)), qk, input_precision=PRECISION)
-                qb = tl.dot(query.to(DOT), tl.trans(writer.to(DOT)), qb, input_precision=PRECISION)
-                query *= tl.exp(middle)[None, :]
-                key *= tl.exp(last - middle)[None, :]
-                writer *= tl.exp(last - middle)[None, :]
-                kept = tl.exp(last)[None, :]
-            else:
-                decay = tl.exp(gate)
-                query *= decay
-                qk += neighbours(query, key, row)
-                qb += neighbours(query, writer, row)
-                qk, qb, _s21, _s22, query, _r2, key, writer, kept = by_halves(
-                    query, query, key, writer, decay, qk, qb, qk, qb, row, C, 1, 2, DOT, PRECISION
-                )
-            store_whole(whole + here * K, c, K, kept)
+            query *= decay
+            near_k += neighbours(query, key)
+            near_b += neighbours(query, writer)
+            qk, qb, _s21, _s22, query, _r2, key, writer, total = by_halves(
+                query, query, key, writer, decay, qk, qb, qk, qb, row, C, 1, 2, DOT, PRECISION
+            )
+            store_whole(whole + here * K, c, K, total)
         else:
             qk += dot(query, tl.trans(key), DOT, PRECISION)
             qb += dot(query, tl.trans(writer), DOT, PRECISION)
@@ -144,8 +131,8 @@ def prepare_dplr_kernel(
             store_rows(E + out, line, count, c, K, key, C, BLOCK_K, WARPS)
             store_rows(F + out, line, count, c, K, writer, C, BLOCK_K, WARPS)
     if DECAY:
-        qk = with_own(qk, own_k, row)
-        qb = with_own(qb, own_b, row)
+        qk = with_near(qk, own_k, near_k, row)
+        qb = with_near(qb, own_b, near_b, row)
     else:
         qk = tl.where(row[:, None] >= row[None, :], qk, 0.0)
         qb = tl.where(row[:, None] >= row[None, :], qb, 0.0)
@@ -154,25 +141,19 @@ def prepare_dplr_kernel(
 
     ak = tl.zeros([C, C], tl.float32)
     ab = tl.zeros([C, C], tl.float32)
+    near_k = tl.zeros([C], tl.float32)
+    near_b = tl.zeros([C], tl.float32)
     for c in range(0, K, BLOCK_K):
         reader = load_rows(a, a_t, 1, count, c, K, C, BLOCK_K, WARPS)
         key = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
         writer = load_rows(b, b_t, 1, count, c, K, C, BLOCK_K, WARPS)
         if DECAY:
-            gate = load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS)
-            sums, middle, last, mild = cumulated_rows(gate, row, C, DOT)
-            if mild:
-                reader *= tl.exp(sums - gate - middle[None, :])
-                early = tl.exp(middle[None, :] - sums)
-                ak = tl.dot(reader.to(DOT), tl.trans((key * early).to(DOT)), ak, input_precision=PRECISION)
-                ab = tl.dot(reader.to(DOT), tl.trans((writer * early).to(DOT)), ab, input_precision=PRECISION)
-                reader *= tl.exp(middle)[None, :]
-            else:
-                ak += neighbours(reader, key, row)
-                ab += neighbours(reader, writer, row)
-                ak, ab, _s21, _s22, reader, _r2, _key, _writer, _kept = by_halves(
-                    reader, reader, key, writer, tl.exp(gate), ak, ab, ak, ab, row, C, 1, 2, DOT, PRECISION
-                )
+            decay = tl.exp(load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS))
+            near_k += neighbours(reader, key)
+            near_b += neighbours(reader, writer)
+            ak, ab, _s21, _s22, reader, _r2, _key, _writer, _total = by_halves(
+                reader, reader, key, writer, decay, ak, ab, ak, ab, row, C, 1, 2, DOT, PRECISION
+            )
         else:
             ak += dot(reader, tl.trans(key), DOT, PRECISION)
             ab += dot(reader, tl.trans(writer), DOT, PRECISION)
@@ -180,8 +161,12 @@ def prepare_dplr_kernel(
             store_rows(F + out, line, count, c, K, reader, C, BLOCK_K, WARPS)
         else:
             store_rows(W + out, line, count, c, K, reader, C, BLOCK_K, WARPS)
-    ak = tl.where(row[:, None] > row[None, :], ak, 0.0)
-    ab = tl.where(row[:, None] > row[None, :], ab, 0.0)
+    if DECAY:
+        ak = with_near(ak, None, near_k, row)
+        ab = with_near(ab, None, near_b, row)
+    else:
+        ak = tl.where(row[:, None] > row[None, :], ak, 0.0)
+        ab = tl.where(row[:, None] > row[None, :], ab, 0.0)
 
     tl.debug_barrier()
     solved = inverse(-ab, row, PRECISION)

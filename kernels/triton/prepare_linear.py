@@ -10,7 +10,6 @@ from torch import Tensor
 from subquad.kernels.triton.prepare import (
     by_halves,
     chunk_matrices,
-    cumulated_rows,
     launch,
     load_rows,
     neighbours,
@@ -18,7 +17,7 @@ from subquad.kernels.triton.prepare import (
     store_matrix,
     store_rows,
     store_whole,
-    with_own,
+    with_near,
 )
 from subquad.kernels.triton.segments import Segments, segment_bounds
 from subquad.kernels.triton.tiles import rows
@@ -78,35 +77,23 @@ def prepare_linear_kernel(
 
     scores = tl.zeros([C, C], tl.float32)
     own = tl.zeros([C], tl.float32)
+    near = tl.zeros([C], tl.float32)
     for c in range(0, K, BLOCK_K):
         reader = load_rows(q, q_t, 1, count, c, K, C, BLOCK_K, WARPS)
         writer = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
-        gate = load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS)
+        decay = tl.exp(load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS))
         if bonus is not None:
             col = c + tl.arange(0, BLOCK_K)
             weight = tl.load(bonus + h * K + col, mask=col < K, other=0.0)
             own += tl.sum(reader * writer * weight[None, :], 1)
         if not EXCLUSIVE:
             own += tl.sum(reader * writer, 1)
-        total, middle, last, mild = cumulated_rows(gate, row, C, DOT)
-        if mild:
-            since = total - gate if EXCLUSIVE else total
-            reader *= tl.exp(since - middle[None, :])
-            writer *= tl.exp(middle[None, :] - total)
-            scores = tl.dot(reader.to(DOT), tl.trans(writer.to(DOT)), scores, input_precision=PRECISION)
-            reader *= tl.exp(middle)[None, :]
-            writer *= tl.exp(last - middle)[None, :]
-            kept = tl.exp(last)[None, :]
-        else:
-            decay = tl.exp(gate)
-            if not EXCLUSIVE:
-                reader *= decay
-            scores += neighbours(reader, writer, row)
-            scores, _s12, _s21, _s22, reader, _r2, writer, _w2, kept = by_halves(
-                reader, reader, writer, writer, decay, scores, scores, scores, scores, row, C, 1, 1, DOT, PRECISION
-            )
+            reader *= decay
+        near += neighbours(reader, writer)
+        scores, _s12, _s21, _s22, reader, _r2, writer, _w2, total = by_halves(
+            reader, reader, writer, writer, decay, scores, scores, scores, scores, row, C, 1, 1, DOT, PRECISION
+        )
         store_rows(q_s + out, H * K, count, c, K, reader, C, BLOCK_K, WARPS)
         store_rows(k_e + out, H * K, count, c, K, writer, C, BLOCK_K, WARPS)
-        store_whole(whole + here * K, c, K, kept)
-    scores = with_own(scores, own, row)
-    store_matrix(P + here * C * C, scores, C)
+        store_whole(whole + here * K, c, K, total)
+    store_matrix(P + here * C * C, with_near(scores, own, near, row), C)

@@ -76,6 +76,18 @@ def cut(like: Tensor, cu_seqlens: Tensor | None, size: int) -> Segments:
     return Segments(count, size, n_seqs, 1, 1, table, first.to(torch.int32), table[:0].view(torch.float32))
 
 
+def chunk_states(x: Tensor, K: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Room for the states [chunks, H, K, V] before each chunk of x [B, T, H, V]: bfloat16 if x is, else float32."""
+    B, T, H, V = x.shape
+    count = B * max(-(-T // CHUNK), 1) if cu_seqlens is None else T // CHUNK + cu_seqlens.numel() - 1
+    return x.new_empty(count, H, K, V, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of any of these may be asked for, so that what it needs is worth keeping."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 @triton.jit
 def segment_bounds(table, n, T, segment, per_sequence, packed):
     """Of segment n: its row of the batch (int64), first token, end, and the number of its first chunk."""

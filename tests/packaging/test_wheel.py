@@ -122,7 +122,7 @@ def test_public_signatures_type_check(installed, tmp_path):
 
 
 def test_dependencies_cover_the_imports():
-    """Every third-party module that subquad imports belongs to a declared dependency, or is a library to compare with."""
+    """Every third-party module that subquad imports belongs to a declared dependency or is one to compare with."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     declared = {d.split(";")[0].split("[")[0].split(">")[0].strip().lower() for d in project["project"]["dependencies"]}
     imported = set()

@@ -101,6 +101,22 @@ def test_gates_at_their_extremes(op, gate):
     agree(op, inputs_of(op, 100, gate=gate, extreme=True), state=draw(1, 2, 16, 24))
 
 
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+@pytest.mark.parametrize("op", OPS)
+def test_the_future_changes_nothing(op, gate):
+    """Not a bit of any earlier output, whatever a later token and its decay become."""
+    inputs = [None if x is None else x.to(DEVICE).float() for x in inputs_of(op, 70, gate=gate)]
+    inputs[-1] *= 0.1
+    other = [None if x is None else x.clone() for x in inputs]
+    for x in other:
+        x[:, 30:].copy_(x[:, 30:].flip(1))
+    other[-1][:, 30] = -1e4
+    with torch.no_grad(), backend("triton"):
+        out, changed = (OPS[op](*x)[0] for x in (inputs, other))
+    assert torch.equal(out[:, :30], changed[:, :30])
+    assert not torch.equal(out[:, 30:], changed[:, 30:])
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_segments_side_by_side_are_one_sequence(op, monkeypatch):
     monkeypatch.setattr(segments, "SHORTEST", 64)
