@@ -24,7 +24,7 @@ from subquad.kernels.long_conv import LongConvCache
 from subquad.kernels.native_sparse_attention import NSACache
 from subquad.kernels.patterns import make_pattern
 from subquad.kernels.sparse_attention import SparseCache, empty_cache
-from subquad.kernels.state import KVCache, RingCache
+from subquad.kernels.state import KVCache, RingCache, accumulator_dtype
 from subquad.kernels.topk_attention import TopKCache
 
 
@@ -150,7 +150,17 @@ def run(example: Example, form: str, seed: int = 0) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in results.items()}
 
 
-def differences(example: Example, form: str) -> dict[str, float]:
+def run_in_place(example: Example, form: str) -> dict[str, Tensor]:
+    """The output and the new state, without gradients, as in decoding."""
+    state = pytree.tree_map(lambda x: x.to(accumulator_dtype(x.dtype), copy=True), example.state)
+    with backend(form), torch.no_grad():
+        out, new_state = example._replace(state=state).call()
+    return {"out": out, **_named("new state", new_state)}
+
+
+def differences(
+    example: Example, form: str, run: Callable[[Example, str], dict[str, Tensor]] = run
+) -> dict[str, float]:
     """||form - naive|| / ||naive|| of all that `run` returns, the naive form in float64; NaN if either has one."""
     ours, reference = run(example, form), run(example.to(torch.float64), "naive")
     return {name: relative_error(ours[name], reference[name]) for name in reference}
