@@ -100,7 +100,7 @@ class Mamba2(Layer):
         wide = accumulator_dtype(dt.dtype)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
         g = -self.A_log.to(wide).exp() * dt
-        o, S = linear_attention(C, B, x * dt[..., None], g, state=S, cu_seqlens=cu_seqlens)
+        o, S = linear_attention(C, B, (x * dt[..., None]).to(x.dtype), g, state=S, cu_seqlens=cu_seqlens)
         o = (o + self.skip.to(wide)[:, None] * x).flatten(-2).to(z.dtype)
         y = self.out_proj(self.norm(silu_gated(o, z)))
         return mask_padding(y, cu_seqlens), None if state is None else Mamba2State(conv, S)

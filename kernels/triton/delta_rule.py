@@ -15,7 +15,7 @@ from subquad.kernels.triton.tiles import accumulating, in_place, new_state, sum_
 
 def form(q, k, v, beta, g, S, cu_seqlens):
     """As subquad.kernels.delta_rule calls it; k, v, beta have the axis of factors, and heads of q and k divide v's."""
-    R, G = v.shape[2], q.shape[2]
+    R = v.shape[2]
     if in_place(S) and few(q, cu_seqlens):
         return delta_rule_step_(q, k, v, beta, g, S, cu_seqlens), S
     if R > 1:  # a row a factor, of which the first decays and the last is read
@@ -24,8 +24,7 @@ def form(q, k, v, beta, g, S, cu_seqlens):
             g = F.pad(g.unsqueeze(2), (0, 0) * (g.dim() - 2) + (0, R - 1)).flatten(1, 2)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens * R
     k, v, beta = k.flatten(1, 2), v.flatten(1, 2), beta.flatten(1, 2)
-    if k.shape[2] != G:
-        raise AssertionError(f"q has {G} heads and k {k.shape[2]}")
+    q, k = q.to(v.dtype), k.to(v.dtype)  # norms leave them in float32 under autocast; products round them anyway
     if in_place(S):
         out, last = delta_rule_triton_(q, k, v, beta, g, S, cu_seqlens), S
     else:

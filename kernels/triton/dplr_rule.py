@@ -18,6 +18,7 @@ def form(q, k, v, a, b, g, S, cu_seqlens):
         g = g[..., None].expand(*g.shape, q.shape[3])
     if in_place(S) and few(q, cu_seqlens):
         return dplr_rule_step_(q, k, v, a, b, g, S, cu_seqlens), S
+    q, k, a, b = (x.to(v.dtype) for x in (q, k, a, b))  # autocast leaves some in float32; products round them anyway
     if in_place(S):
         return dplr_rule_triton_(q, k, v, a, b, g, S, cu_seqlens), S
     keep = differentiated(q, k, v, a, b, g, S)

@@ -13,6 +13,7 @@ from subquad.kernels.triton.tiles import accumulating, in_place, new_state, sum_
 
 def vector_decay(q, k, v, g, S, exclusive, bonus, cu_seqlens):
     """(out, the new state or None), for g [B, T, H, K]."""
+    q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves some in float32; products round them anyway
     if in_place(S):
         return vector_decay_(q, k, v, g, S, bonus, cu_seqlens, exclusive), S
     keep = differentiated(q, k, v, g, S, bonus)
