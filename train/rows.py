@@ -25,11 +25,14 @@ class Carry(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One packed row. tokens, targets [1, T]; cu_seqlens [M+1]; targets are -100 where nothing is to be predicted."""
+    """One packed row: tokens, targets [1, T]; cu_seqlens [M+1]. Or rows of one length: [B, T]; cu_seqlens None.
+
+    targets are -100 where nothing is to be predicted.
+    """
 
     tokens: Tensor
     targets: Tensor
-    cu_seqlens: Tensor
+    cu_seqlens: Tensor | None
     bytes_per_token: float
     carry: Carry | None
 

@@ -19,7 +19,7 @@ from subquad.train.rows import IGNORED, Batch, Carry
 
 
 class LanguageModeling(LightningModule):
-    """Trains an LM to predict the next token of packed rows (`subquad.train.rows.Batch`).
+    """Trains an LM on the targets of a `subquad.train.rows.Batch`: the next tokens of packed rows, or a task's answers.
 
     Losses that layers share under names that begin with "loss/" are added as they are; scalars under "log/" are logged.
 
@@ -77,14 +77,14 @@ class LanguageModeling(LightningModule):
         self._sums = torch.zeros(2)
 
     def nats(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """(summed cross entropy, number of targets, what the layers shared) of a row."""
+        """(summed cross entropy, number of targets, what the layers shared) of a batch."""
         state = None if batch.carry is None else self._begin(batch.carry, stage)
         x, state, shared = self.lm.hidden(batch.tokens, state, batch.cu_seqlens)
         if batch.carry is not None:
             self.carried[stage] = tree_map(lambda t: t.detach().index_select(0, batch.carry.last), state)
-        logits = self.lm.logits(x)[0]
+        logits = self.lm.logits(x).flatten(0, 1)
         logits = logits.to(accumulator_dtype(logits.dtype))
-        total = F.cross_entropy(logits, batch.targets[0], ignore_index=IGNORED, reduction="sum")
+        total = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return total, (batch.targets != IGNORED).sum(), shared
 
     def _begin(self, carry: Carry, stage: str) -> LMState:
