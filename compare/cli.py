@@ -6,6 +6,7 @@ from subquad.arguments import dispatch
 
 COMMANDS = {
     "layers": ("subquad.compare.layers", "time and state of layers against length, as a table and as curves"),
+    "recall": ("subquad.compare.recall", "recall, copying and state tracking of small models, against state bytes"),
     "forms": ("subquad.compare.forms", "every layer's vectorised form against its plain recurrence"),
     "models": ("subquad.compare.models", "parameters, FLOPs, state and weights a token of whole models, counted"),
     "kernels": ("subquad.compare.kernels", "Triton forms on this GPU, against the memory floor and other libraries"),

@@ -105,16 +105,26 @@ def _mixers(constant_state: bool) -> list[str]:
 
 def _build(text: str, d_model: int) -> tuple[str, nn.Module]:
     """What to call the layer that a word of --layers stands for, and the layer."""
+    spec = specification("--layers", text)
+    return label(spec), build_layer("--layers", spec, d_model=d_model, layer_idx=0, n_layers=1)
+
+
+def specification(option: str, text: str) -> str | dict[str, Any]:
+    """The name or the mapping {name: ..., ...} that a word of the command line is."""
     try:
         spec = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--layers: {text!r} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{option}: {text!r} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(spec, str | dict):
-        raise UserError(f"--layers: {text!r} is neither a layer's name nor a mapping {{name: ..., ...}}")
-    layer = build_layer("--layers", spec, d_model=d_model, layer_idx=0, n_layers=1)
+        raise UserError(f"{option}: {text!r} is neither a name nor a mapping {{name: ..., ...}}")
+    return spec
+
+
+def label(spec: str | dict[str, Any]) -> str:
+    """A name and its arguments in a row."""
     if isinstance(spec, str):
-        return spec, layer
-    return ", ".join([spec["name"], *(f"{key} {value}" for key, value in spec.items() if key != "name")]), layer
+        return spec
+    return ", ".join([str(spec.get("name")), *(f"{key} {value}" for key, value in spec.items() if key != "name")])
 
 
 def measure(layer: nn.Module, xs: Sequence[Tensor], new_tokens: int, repeat: int) -> list[Row]:

@@ -76,7 +76,7 @@ def test_measuring_leaves_no_gradients():
         (["--layers", "Atention"], "there is no layer 'Atention'; did you mean 'Attention'?"),
         (["--layers", "{name: Attention, windw: 4}"], "unknown key 'windw'; did you mean 'window'?"),
         (["--layers", "{name: "], "is no valid YAML"),
-        (["--layers", "7"], "'7' is neither a layer's name nor a mapping"),
+        (["--layers", "7"], "'7' is neither a name nor a mapping"),
         (["--lengths", "0"], "--lengths has 0; a length is at least 1"),
         (["--batch", "0"], "--batch is 0; it must be at least 1"),
         (["--device", "abacus"], "there is no device 'abacus'"),
