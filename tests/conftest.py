@@ -45,10 +45,10 @@ def seeded(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Each process runs the tests that are made for it."""
+    """Each process runs the tests that are made for it, those that start other processes first."""
     here = [item for item in items if (item.get_closest_marker("unchecked") is not None) == UNCHECKED]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(here)])
-    items[:] = here
+    items[:] = sorted(here, key=lambda item: "test_unchecked" not in item.nodeid)  # the longest first, for two workers
 
 
 @pytest.fixture(autouse=True, scope="session")
