@@ -19,8 +19,7 @@ embedding that is not also the head's only one row.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def count(config: LMConfig, contexts: Sequence[int], tokens: int, dtype: torch.d
 
     In the row "state bytes at N" for each of the contexts.
     """
-    with torch.device("meta"), torch.no_grad(), _meta_has_no_autocast():
+    with torch.device("meta"), torch.no_grad():
         model = LM(config).eval()
         active = active_parameters(model)
         row: Row = {"parameters": model.n_parameters(), "active parameters": active}
@@ -182,17 +181,6 @@ class _OneExpert(nn.Module):
         x = x.repeat_interleave(expert.shape[1], 0)
         gate, _ = F.linear(x, self.experts.gate_up[0]).chunk(2, -1)
         return F.linear(gate, self.experts.down[0]).unflatten(0, expert.shape).sum(1)
-
-
-@contextmanager
-def _meta_has_no_autocast() -> Iterator[None]:
-    """torch has no autocast on the meta device and, where the ops ask whether it is on, raises instead of saying no."""
-    ask = torch.is_autocast_enabled
-    torch.is_autocast_enabled = lambda *device: device != ("meta",) and ask(*device)
-    try:
-        yield
-    finally:
-        torch.is_autocast_enabled = ask
 
 
 def _table(rows: list[Row], contexts: list[int], title: str) -> Table:

@@ -119,7 +119,7 @@ def state_dtype(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
         return dtype
     parameter = next(module.parameters())
     device_type = parameter.device.type
-    if torch.is_autocast_enabled(device_type):
+    if not parameter.is_meta and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return parameter.dtype
 

@@ -145,12 +145,6 @@ def test_figures_have_three_digits():
     assert texts == ["-", "0", "999", "1.00 k", "1.00 MB", "26.0 G"]
 
 
-def test_counting_leaves_autocast_as_it_was():
-    before = torch.is_autocast_enabled
-    counted(ATTENTION)
-    assert torch.is_autocast_enabled is before
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
