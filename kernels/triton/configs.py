@@ -43,7 +43,7 @@ _PREPARE = Kernel(
     default={"BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
     candidates={"BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
 )
-# Triton 3.6 miscompiles narrower tiles of these for Hopper: wrong numbers, or addresses out of bounds.
+# Narrower tiles of these gave wrong numbers or addresses out of bounds on an H200 with triton 3.6; why is not known.
 _PREPARE_RULE = Kernel(
     default={"BLOCK_K": 64, "num_warps": 4, "num_stages": 1},
     candidates={"BLOCK_K": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},

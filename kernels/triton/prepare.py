@@ -195,5 +195,5 @@ def row_tensor(like: Tensor, H: int, K: int) -> Tensor:
 def launch(kernel: str, like: Tensor, K: int, **widths: int) -> dict[str, object]:
     """The constexpr options and launch parameters of a preparation of keys of K columns."""
     values = config(kernel, device=like.device, K=K, **widths)
-    block = min(values.pop("BLOCK_K"), max(padded(K), 64))  # narrower tiles are miscompiled, as the table says
+    block = min(values.pop("BLOCK_K"), max(padded(K), 64))  # narrower tiles went wrong, as the table says
     return {"K": K, "C": CHUNK, "BLOCK_K": block, "WARPS": values["num_warps"], **precision(like.dtype), **values}
