@@ -287,7 +287,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def _table(task: Task, rows: list[Row], given: argparse.Namespace) -> Table:
     about = f"width {given.d_model}, {given.blocks} blocks, {given.steps} steps, {given.seeds} seeds"
-    title = f"{label(knobs(task))}\n{about}; right answers in % (range); chance {100 * task.chance:.0f}"
+    title = f"{label(knobs(task))}\n{about}; right answers in %, range; chance {100 * task.chance:.0f}"
     table = Table(title=title, title_justify="left")
     table.add_column("layer", overflow="fold", min_width=min(18, max(len(row["layer"]) for row in rows)))
     table.add_column("values", justify="right")
@@ -296,9 +296,16 @@ def _table(task: Task, rows: list[Row], given: argparse.Namespace) -> Table:
         table.add_column(f"{'trained' if i == 0 else 'past it'}\n{length:,}", justify="right")
     for row in rows:
         size = "-" if row["state_bytes"] is None else f"{row['state_bytes']:,}"
-        cells = ["-" if a is None else f"{100 * a[0]:.0f} ({100 * a[1]:.0f}-{100 * a[2]:.0f})" for a in row["accuracy"]]
-        table.add_row(row["layer"], f"{row['parameters'] / 1000:,.0f} k", size, *cells)
+        table.add_row(row["layer"], f"{row['parameters'] / 1000:,.0f} k", size, *map(_percent, row["accuracy"]))
     return table
+
+
+def _percent(spread: tuple[float, float, float] | None) -> str:
+    """The mean and, where they differ from it once rounded, the least and the greatest."""
+    if spread is None:
+        return "-"
+    mean, least, greatest = (f"{100 * a:.0f}" for a in spread)
+    return mean if least == greatest else f"{mean} {least}-{greatest}"
 
 
 def _flat(row: Row) -> Row:

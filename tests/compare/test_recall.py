@@ -145,6 +145,17 @@ def test_tables_files_and_resuming(tmp_path, capsys, monkeypatch):
     assert len(done) == 8, "runs of other settings were taken for these"
 
 
+def test_the_widest_table_fits_80_columns(capsys):
+    given = recall.arguments(["--out", "unused"])
+    wide = {"state_bytes": 8_388_608, "parameters": 1_234_567, "lengths": [64, 128, 256]}
+    rows = [{"layer": "Attention, n_kv_heads 1, window 16", "accuracy": [(0.994, 0.98, 1.0)] * 3, **wide}]
+    recall.Console(width=80).print(recall._table(MQAR(), rows, given))
+    shown = capsys.readouterr().out
+    assert shown.count("99 98-100") == 3 and "8,388,608" in shown and "1,235 k" in shown
+    assert recall._percent((0.5, 0.498, 0.502)) == "50"
+    assert recall._percent(None) == "-"
+
+
 def test_interrupted_runs_are_not_recorded(tmp_path, monkeypatch):
     def interrupt(*rest):
         raise KeyboardInterrupt
