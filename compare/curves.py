@@ -1,77 +1,121 @@
-"""Cost curves: one panel a measure, log-log, each line named at its end."""
+"""Curves on logarithmic axes, each named at its end; they differ in lightness, dashes and markers, so in grey too."""
 
 from collections.abc import Mapping, Sequence
-from math import log
+from math import log10
 from pathlib import Path
 from typing import Any
 
 PANELS = {
-    "train ms": "forward and backward, ms",
-    "prefill ms": "prefill, ms",
-    "decode ms": "one decoded token, ms",
-    "state bytes": "state, bytes",
+    "train ms": "forward and backward (ms)",
+    "prefill ms": "prefill (ms)",
+    "decode ms": "one decoded token (ms)",
+    "state bytes": "state (bytes)",
 }
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*"
+Line = Sequence[tuple[float, float]]  # (tokens, figure), shortest first
 
 
 def draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Draw rows of {layer, tokens, one column a panel} as a PNG; a panel that no row has a figure for is left out."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator
 
-    panels = [key for key in PANELS if any(row[key] for row in rows)]
+    keys = [key for key in PANELS if any(row[key] for row in rows)]
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    figure = Figure(figsize=(12, 4.2 * -(-len(panels) // 2)), layout="constrained")
+    figure = Figure(figsize=(12, 4.2 * -(-len(keys) // 2)), layout="constrained")
     figure.suptitle(title)
-    for axes, key in zip(figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat, panels, strict=False):
-        ends = {}
-        for i, layer in enumerate(layers):
-            points = [(row["tokens"], row[key]) for row in rows if row["layer"] == layer and row[key]]
-            if not points:  # a log scale has no zero: a layer without state has no line
-                continue
-            # Dark to light, so that lines differ in grey as well, besides their dashes and markers.
-            colour = colormaps["viridis"](0.8 * i / max(len(layers) - 1, 1))
-            style, marker = STYLES[i % len(STYLES)], MARKERS[i % len(MARKERS)]
-            axes.plot(*zip(*points, strict=True), linestyle=style, marker=marker, markersize=5, color=colour)
-            ends[layer] = (*map(float, points[-1]), colour)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=PANELS[key])
-        axes.set_xticks(sorted({row["tokens"] for row in rows}))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.minorticks_off()
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        _name_ends(axes, ends)
-    for axes in figure.axes[len(panels) :]:
+    for axes, key in zip(figure.subplots(-(-len(keys) // 2), 2, squeeze=False).flat, keys, strict=False):
+        lines = {
+            layer: [(row["tokens"], row[key]) for row in rows if row["layer"] == layer and row[key]] for layer in layers
+        }
+        plot(axes, lines)
+        axes.set(xlabel="tokens", ylabel=PANELS[key])
+        log_axes(axes, [row["tokens"] for row in rows], [row[key] for row in rows if row[key]])
+        name_ends(axes, [(line.get_label(), *last(line), line.get_color()) for line in axes.lines])
+    for axes in figure.axes[len(keys) :]:
         axes.remove()
     figure.savefig(path, format="png", dpi=150)
 
 
-def _name_ends(axes: Any, ends: Mapping[str, tuple[float, float, Any]]) -> None:
-    """Names right of the lines' ends, moved apart where they would cover each other."""
-    low, high = axes.get_ylim()
-    spacing = 0.065  # of the panel's height
-    names = sorted(ends, key=lambda name: ends[name][1])
-    places = [log(ends[name][1] / low) / log(high / low) for name in names]
+def plot(axes: Any, lines: Mapping[str, Line], *, reference: str | None = None, size: float = 5) -> None:
+    """One line a name, dark to light in their order, the reference's broad and grey behind them all.
+
+    A log scale has no zero: a name without points, such as a layer without state, keeps its place but has no line.
+    """
+    from matplotlib import colormaps
+
+    names = [name for name in lines if name != reference]
+    for i, name in enumerate(names):
+        look = {
+            "color": colormaps["viridis"](0.8 * i / max(len(names) - 1, 1)),
+            "linestyle": STYLES[i % len(STYLES)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": size,
+            "linewidth": 0.3 * size,
+        }
+        if lines[name]:
+            axes.plot(*zip(*lines[name], strict=True), label=name, **look)
+    if reference is not None and lines.get(reference):
+        broad = {"color": "0.45", "linewidth": 0.7 * size, "alpha": 0.55, "solid_capstyle": "round", "zorder": 1}
+        axes.plot(*zip(*lines[reference], strict=True), label=reference, **broad)
+
+
+def last(line: Any) -> tuple[float, float]:
+    """The end of a plotted line."""
+    return float(line.get_xdata()[-1]), float(line.get_ydata()[-1])
+
+
+def log_axes(axes: Any, tokens: Sequence[int], figures: Sequence[float], *, ticks: int = 8) -> None:
+    """Both axes logarithmic, ticks at the lengths measured (at most so many) and at round figures with a prefix."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set(xscale="log", yscale="log")
+    lengths = sorted(set(tokens))
+    axes.set_xticks(lengths[:: -(-len(lengths) // ticks)])
+    decades = log10(max(figures) / min(figures)) if figures else 0
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=12))
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _tick(y)))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _tick(value: float) -> str:
+    """With a decimal prefix: 0.02, 500, 20 k."""
+    prefix = ""
+    for larger in "kMGTP":
+        if value < 999.5:
+            break
+        value, prefix = value / 1000, larger
+    return f"{value:.3g} {prefix}".rstrip()
+
+
+def name_ends(axes: Any, ends: Sequence[tuple[str, float, float, Any]], *, size: float = 9) -> None:
+    """Names right of the panel, each with a line to its (name, x, y, colour), moved apart where they would overlap.
+
+    The panel's limits and scales are set before.
+    """
+    spacing = 1.4 * size / (72 * axes.get_window_extent().height / axes.figure.dpi)  # of the panel's height
+    to_fraction = axes.transScale + axes.transLimits
+    placed = sorted(((*to_fraction.transform((x, y)), name, colour) for name, x, y, colour in ends), key=lambda e: e[1])
+    places = [y for _, y, *_ in placed]
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + spacing)
     limit = 1.0
     for i in reversed(range(len(places))):  # those pushed out at the top come down again
         places[i] = min(places[i], limit)
         limit = places[i] - spacing
-    for name, place in zip(names, places, strict=True):
-        x, y, colour = ends[name]
-        axes.annotate(
-            name,
-            xy=(x, y),
-            xytext=(1.03, place),
-            textcoords="axes fraction",
-            color=colour,
-            va="center",
-            fontsize=9,
-            arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": colour, "linewidth": 0.6},
-            annotation_clip=False,
-        )
+    for (x, y, name, colour), place in zip(placed, places, strict=True):
+        early = x < 0.9  # its leader crosses others' lines, so it must not look like one
+        leader = {"color": colour, "linewidth": 0.8 if early else 0.6, "linestyle": (0, (1, 3)) if early else "-"}
+        axes.plot([x, 1.025], [y, place], **leader, clip_on=False, transform=axes.transAxes)
+        about = {"va": "center", "fontsize": size, "transform": axes.transAxes, "parse_math": False}
+        axes.text(1.03, place, name, color=_dark(colour), **about)
+
+
+def _dark(colour: Any) -> tuple[float, ...]:
+    """Dark enough to be read on white."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(0.6 * part for part in to_rgb(colour))

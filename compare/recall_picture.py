@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MARKERS = "osD^vPX*"
-APART = 0.07  # of a panel's height, between names
+from subquad.compare.curves import MARKERS, name_ends
 
 
 def draw(panels: Sequence[tuple[str, float, Sequence[Mapping[str, Any]]]], path: Path) -> None:
@@ -29,7 +28,7 @@ def draw(panels: Sequence[tuple[str, float, Sequence[Mapping[str, Any]]]], path:
             bar = [[mean - least], [greatest - mean]]
             marker = MARKERS[i % len(MARKERS)]
             axes.errorbar(row["state_bytes"], mean, yerr=bar, marker=marker, markersize=7, color=colour, capsize=3)
-            names.append((mean, row["state_bytes"], row["layer"], colour))
+            names.append((row["layer"], row["state_bytes"], mean, colour))
         axes.set(title=title, ylabel="right answers at the training length (%)", ylim=(-4, 106))
         axes.set(xscale="log", xlabel="state of one sequence (bytes)")
         if shown:
@@ -44,32 +43,7 @@ def draw(panels: Sequence[tuple[str, float, Sequence[Mapping[str, Any]]]], path:
         axes.annotate("chance", at, (0, 3), ("axes fraction", "data"), "offset points", color="0.3", bbox=behind)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        _name(axes, names)
+        name_ends(axes, names)
     for axes in figure.axes[len(panels) :]:
         axes.remove()
     figure.savefig(path, format="png", dpi=150)
-
-
-def _name(axes: Any, names: list[tuple[float, float, str, Any]]) -> None:
-    """Names right of the panel, each with a line to its point, moved apart where they would cover each other."""
-    names = sorted(names, key=lambda n: (n[0], n[1]))
-    low, high = axes.get_ylim()
-    places = [(mean - low) / (high - low) for mean, *_ in names]
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + APART)
-    limit = 1.0
-    for i in reversed(range(len(places))):  # those pushed out at the top come down again
-        places[i] = min(places[i], limit)
-        limit = places[i] - APART
-    for (mean, size, name, colour), place in zip(names, places, strict=True):
-        axes.annotate(
-            name,
-            xy=(size, mean),
-            xytext=(1.03, place),
-            textcoords="axes fraction",
-            color=colour,
-            va="center",
-            fontsize=9,
-            arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": colour, "linewidth": 0.6},
-            annotation_clip=False,
-        )
