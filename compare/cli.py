@@ -9,6 +9,7 @@ COMMANDS = {
     "recall": ("subquad.compare.recall", "recall, copying and state tracking of small models, against state bytes"),
     "forms": ("subquad.compare.forms", "every layer's vectorised form against its plain recurrence"),
     "models": ("subquad.compare.models", "parameters, FLOPs, state and weights a token of whole models, counted"),
+    "decode": ("subquad.compare.decode", "tokens a second and state of whole models against context"),
     "kernels": ("subquad.compare.kernels", "Triton forms on this GPU, against the memory floor and other libraries"),
     "cpu": ("subquad.compare.cpu", "tokens per CPU second of small models, against transformers"),
 }

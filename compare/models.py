@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from subquad import configs
 from subquad.arguments import Parser
-from subquad.compare.output import csv_writer
+from subquad.compare.output import csv_writer, short
 from subquad.errors import UserError, nearest
 from subquad.infer.device import DTYPES, pick_dtype
 from subquad.infer.output import check_output, write_atomically
@@ -190,20 +190,7 @@ def _table(rows: list[Row], contexts: list[int], title: str) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         keys = ("parameters", "active parameters", "FLOPs a token", "training FLOPs a token")
-        figures = [_short(row[key]) for key in keys] + [_short(row["weight bytes a token"], "B")]
-        sizes = [_short(row[f"state bytes at {context}"], "B") for context in contexts]
+        figures = [short(row[key]) for key in keys] + [short(row["weight bytes a token"], "B")]
+        sizes = [short(row[f"state bytes at {context}"], "B") for context in contexts]
         table.add_row(escape(row["model"]), *figures, "\n".join(f"{n:,}" for n in contexts), "\n".join(sizes))
     return table
-
-
-def _short(value: float | None, unit: str = "") -> str:
-    """Three digits and a decimal prefix: 1.34 G, 102 MB."""
-    if value is None:
-        return "-"
-    prefix = ""
-    for larger in "kMGTP":
-        if value < 999.5:
-            break
-        value, prefix = value / 1000, larger
-    digits = f"{value:#.3g}".rstrip(".") if prefix else f"{value:.3g}"
-    return f"{digits} {prefix}{unit}".rstrip()

@@ -1,4 +1,4 @@
-"""What the comparisons write: rows as CSV."""
+"""What the comparisons write: rows as CSV, and figures that fit a table."""
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
@@ -16,3 +16,16 @@ def csv_writer(rows: Sequence[Mapping[str, Any]]) -> Callable[[Path], None]:
             writer.writerows(rows)
 
     return write
+
+
+def short(value: float | None, unit: str = "") -> str:
+    """Three digits and a decimal prefix: 1.34 G, 102 MB."""
+    if value is None:
+        return "-"
+    prefix = ""
+    for larger in "kMGTP":
+        if value < 999.5:
+            break
+        value, prefix = value / 1000, larger
+    digits = f"{value:#.3g}".rstrip(".") if prefix else f"{value:.3g}"
+    return f"{digits} {prefix}{unit}".rstrip()

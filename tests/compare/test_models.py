@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from subquad import cli, configs
-from subquad.compare.models import _short, count, find_config
+from subquad.compare.models import count, find_config
+from subquad.compare.output import short
 from subquad.models.checkpoint import save
 from subquad.models.config import LMConfig
 from subquad.models.lm import LM
@@ -141,7 +142,7 @@ def test_a_layer_that_looks_at_values_has_no_flops(tmp_path, monkeypatch):
 
 
 def test_figures_have_three_digits():
-    texts = [_short(None), _short(0.0), _short(999), _short(1000), _short(999_600, "B"), _short(2.6e10)]
+    texts = [short(None), short(0.0), short(999), short(1000), short(999_600, "B"), short(2.6e10)]
     assert texts == ["-", "0", "999", "1.00 k", "1.00 MB", "26.0 G"]
 
 
