@@ -5,9 +5,7 @@ from there, each through the model's own forward. Speeds are tokens per second o
 that is shared; the two libraries take turns and the best of the repeats counts.
 """
 
-import json
 import os
-import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +22,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from subquad.arguments import Parser
-from subquad.compare.output import csv_writer
+from subquad.compare.output import csv_writer, json_writer, typed
+from subquad.compare.results import begin
 from subquad.errors import UserError, nearest
 from subquad.infer.output import check_output, write_atomically
 from subquad.models.lm import LM
@@ -239,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
     parser.add_argument("--repeat", type=int, default=5, help="the best of this many runs counts (5)")
     parser.add_argument("--csv", type=Path, help="write the rows here")
-    parser.add_argument("--json", type=Path, help="write the rows and the setting here")
+    parser.add_argument("--json", type=Path, help="write the rows here, with command, machine, versions and settings")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     given = parser.parse_args(argv)
     for name in ("tokens", "new_tokens", "d_model", "threads", "repeat"):
@@ -264,17 +263,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in compare(known[name], given.d_model, given.tokens, given.new_tokens, given.repeat):  # noqa: B007
                 progress.advance(task)
             rows.append({"model": name, **row})
-    setting = {
-        name: getattr(given, name) for name in ("tokens", "new_tokens", "d_model", "layers", "threads", "repeat")
-    }
-    setting |= {package: version(package) for package in ("torch", "transformers")}
-    setting["machine"] = platform.machine()
-    Console().print(_table(rows, setting))
+    names_of_settings = ("tokens", "new_tokens", "d_model", "layers", "threads", "repeat")
+    about = begin(
+        typed("compare cpu", argv), torch.device("cpu"), {name: getattr(given, name) for name in names_of_settings}
+    )
+    about.versions["transformers"] = version("transformers")
+    Console().print(_table(rows, about.settings | about.versions))
     if given.csv:
         write_atomically(given.csv, csv_writer(rows), overwrite=given.overwrite)
     if given.json:
-        text = json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n"
-        write_atomically(given.json, lambda path: path.write_text(text, encoding="utf-8"), overwrite=given.overwrite)
+        write_atomically(given.json, json_writer(about, rows), overwrite=given.overwrite)
     return 0
 
 

@@ -10,7 +10,6 @@ State: bytes as allocated for the context and the new tokens. What a step must m
 token reads and the state, each once.
 """
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from subquad.arguments import Parser
 from subquad.compare import results
 from subquad.compare.decode_picture import draw
 from subquad.compare.models import active_parameters, find_config
-from subquad.compare.output import csv_writer, short
+from subquad.compare.output import csv_writer, short, typed
 from subquad.compare.results import Point
 from subquad.errors import UserError
 from subquad.infer.device import DTYPES, pick_device, pick_dtype
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     contexts = sorted(set(given.contexts))
     settings = {name: getattr(given, name) for name in ("batch", "dtype", "new_tokens", "read")}
     setting = Setting(given.batch, given.new_tokens, given.read, device, dtype)
-    measured = results.begin(_command(argv), device, settings)
+    measured = results.begin(typed("compare decode", argv), device, settings)
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -99,10 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.png:
         write_atomically(given.png, lambda path: draw(measured, path), overwrite=given.overwrite)
     return 0
-
-
-def _command(argv: Sequence[str] | None) -> str:
-    return shlex.join(["subquad", "compare", "decode", *(argv or ())])
 
 
 def sketch_of(name: str, config: LMConfig) -> LM:

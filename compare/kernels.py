@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from subquad.compare.kernel_bars import draw
 from subquad.compare.kernel_cases import CASES, PEERS, Case, Sizes, Tensors
 from subquad.compare.kernel_timing import copy_rate, floor, measure, trainable
 from subquad.compare.kernel_tune import tune
-from subquad.compare.output import csv_writer
+from subquad.compare.output import csv_writer, json_writer, typed
+from subquad.compare.results import begin
 from subquad.errors import UserError, nearest
 from subquad.infer.device import DTYPES, pick_dtype
 from subquad.infer.output import check_output, write_atomically
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", help=", ".join(DTYPES) + " (bfloat16)")
     parser.add_argument("--cold", action="store_true", help="with an empty compile cache, so that first calls compile")
     parser.add_argument("--csv", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="write the rows here, with command, machine, versions and settings")
     parser.add_argument("--picture", type=Path, metavar="F.png", help="draw the bars here")
     parser.add_argument("--tune", action="store_true", help="find the best launch values, keep them, and end")
     parser.add_argument("--output", type=Path, help="with --tune: write the table here and not to your own")
@@ -58,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_peer(peer)
     cases = _cases(given.ops)
     if given.output and not given.tune:
-        raise UserError("--output is where --tune writes; what is measured goes to --csv and --picture")
-    if given.tune and (given.peer or given.csv or given.picture or given.cold):
+        raise UserError("--output is where --tune writes; what is measured goes to --csv, --json and --picture")
+    if given.tune and (given.peer or given.csv or given.json or given.picture or given.cold):
         raise UserError("--tune finds launch values and ends; give it --ops, --shapes, --dtype and --output only")
-    for path in filter(None, (given.csv, given.picture, given.output)):
+    for path in filter(None, (given.csv, given.json, given.picture, given.output)):
         check_output(path, overwrite=given.overwrite)
     _require_gpu()
     if given.tune:
@@ -79,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"{row['case']}, {row['library']}, {row['shape']}: {row['note']}", markup=False)
     if given.csv:
         write_atomically(given.csv, csv_writer(rows), overwrite=given.overwrite)
+    if given.json:
+        settings = {"dtype": given.dtype, "cold": given.cold, "copy_tb_s": rate / 1e12}
+        about = begin(typed("compare kernels", argv), torch.device("cuda", torch.cuda.current_device()), settings)
+        about.versions.update({peer: _version(PEERS[peer]) for peer in given.peer if peer != "torch"})
+        write_atomically(given.json, json_writer(about, rows), overwrite=given.overwrite)
     if given.picture:
         write_atomically(given.picture, lambda path: draw(rows, title, path), overwrite=given.overwrite)
     return int(any(row["library"] == "ours" and row["note"] for row in rows))
@@ -109,6 +117,11 @@ def _cases(ops: Sequence[str] | None) -> list[Case]:
 def _require_gpu() -> None:
     if not torch.cuda.is_available():
         raise UserError("subquad compare kernels needs an NVIDIA GPU, and torch sees none here")
+
+
+def _version(package: str) -> str:
+    """Of the distribution that brings a package (fla comes with flash-linear-attention and with fla-core)."""
+    return " ".join(sorted({f"{name} {version(name)}" for name in packages_distributions().get(package, [])}))
 
 
 def _triton() -> str:

@@ -1,9 +1,14 @@
-"""What the comparisons write: rows as CSV, and figures that fit a table."""
+"""What the comparisons write: rows as CSV or JSON, and figures that fit a table."""
 
 import csv
+import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from subquad.compare.results import Measurements
 
 
 def csv_writer(rows: Sequence[Mapping[str, Any]]) -> Callable[[Path], None]:
@@ -16,6 +21,18 @@ def csv_writer(rows: Sequence[Mapping[str, Any]]) -> Callable[[Path], None]:
             writer.writerows(rows)
 
     return write
+
+
+def json_writer(about: Measurements, rows: Sequence[Mapping[str, Any]]) -> Callable[[Path], None]:
+    """A function that writes `rows` to a path, under the command, date, machine, versions and settings of `about`."""
+    header = {key: value for key, value in asdict(about).items() if key != "points"}
+    text = json.dumps(header | {"rows": list(rows)}, indent=2, allow_nan=False) + "\n"
+    return lambda path: path.write_text(text, encoding="utf-8") and None
+
+
+def typed(command: str, argv: Sequence[str] | None) -> str:
+    """`subquad command` with its arguments, as a shell takes it."""
+    return " ".join(["subquad", command, shlex.join(argv or ())]).rstrip()
 
 
 def short(value: float | None, unit: str = "") -> str:

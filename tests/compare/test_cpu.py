@@ -50,7 +50,9 @@ def test_rows(tmp_path, capsys):
     assert cli.main(command) == 0
     assert "gated-deltanet" in capsys.readouterr().out
     document = json.loads(files[1].read_text())
-    assert document["setting"]["tokens"] == 16
+    assert document["settings"]["tokens"] == 16
+    assert document["command"].startswith("subquad compare cpu --tokens 16")
+    assert document["versions"].keys() >= {"subquad", "torch", "transformers"}
     rows = document["rows"]
     assert [row["model"] for row in rows] == ["mamba", "gated-deltanet"]
     for row, written in zip(rows, csv.DictReader(files[0].open()), strict=True):

@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import json
 from importlib import import_module
 
 import pytest
@@ -13,6 +14,7 @@ from subquad.compare import kernels
 from subquad.compare.kernel_cases import CASES, Peer, Sizes
 from subquad.compare.kernel_timing import Figures, floor, trainable
 from subquad.compare.kernel_tune import Run, tune
+from subquad.compare.results import begin
 from subquad.errors import UserError
 from subquad.kernels.examples import differences, load_ops
 from subquad.kernels.triton import configs
@@ -133,13 +135,23 @@ def test_table_csv_and_picture(all_ops, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kernels, "_triton", lambda: "triton 3.6.0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(kernels, "_measure_all", lambda *arguments: (rows, 4.27e12))
-    table, picture = tmp_path / "k.csv", tmp_path / "k.png"
-    assert cli.main([*COMMAND, "--csv", str(table), "--picture", str(picture)]) == 0
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        kernels, "begin", lambda command, device, settings: begin(command, torch.device("cpu"), settings)
+    )
+    table, picture, document = tmp_path / "k.csv", tmp_path / "k.png", tmp_path / "k.json"
+    words = ["--peer", "fla", "--csv", str(table), "--picture", str(picture), "--json", str(document)]
+    assert cli.main([*COMMAND, *words]) == 0
     shown = capsys.readouterr().out
     assert "copies at 4.27 TB/s" in " ".join(shown.split())
     assert all(name in shown for name in BY_NAME)
     assert [row["library"] for row in csv.DictReader(table.open())] == [row["library"] for row in rows]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    written = json.loads(document.read_text())
+    assert written["rows"] == rows
+    assert written["settings"]["copy_tb_s"] == 4.27
+    assert written["command"].startswith("subquad compare kernels --peer fla")
+    assert "fla-core 0." in written["versions"]["fla"]
 
 
 def test_the_table_fits_a_terminal():
