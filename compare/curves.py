@@ -99,19 +99,27 @@ def name_ends(axes: Any, ends: Sequence[tuple[str, float, float, Any]], *, size:
     spacing = 1.4 * size / (72 * axes.get_window_extent().height / axes.figure.dpi)  # of the panel's height
     to_fraction = axes.transScale + axes.transLimits
     placed = sorted(((*to_fraction.transform((x, y)), name, colour) for name, x, y, colour in ends), key=lambda e: e[1])
-    places = [y for _, y, *_ in placed]
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + spacing)
-    limit = 1.0
-    for i in reversed(range(len(places))):  # those pushed out at the top come down again
-        places[i] = min(places[i], limit)
-        limit = places[i] - spacing
+    places = apart([y for _, y, *_ in placed], spacing)
     for (x, y, name, colour), place in zip(placed, places, strict=True):
         early = x < 0.9  # its leader crosses others' lines, so it must not look like one
         leader = {"color": colour, "linewidth": 0.8 if early else 0.6, "linestyle": (0, (1, 3)) if early else "-"}
         axes.plot([x, 1.025], [y, place], **leader, clip_on=False, transform=axes.transAxes)
         about = {"va": "center", "fontsize": size, "transform": axes.transAxes, "parse_math": False}
         axes.text(1.03, place, name, color=_dark(colour), **about)
+
+
+def apart(wanted: Sequence[float], spacing: float) -> list[float]:
+    """Places as near as can be to those wanted, which ascend: so far apart, and within 0 and 1 if there is room."""
+    pools: list[tuple[float, int]] = []  # neighbours that would overlap stay together: where their first is, how many
+    for i, place in enumerate(wanted):
+        mean, count = place - i * spacing, 1
+        while pools and pools[-1][0] > mean:
+            other, more = pools.pop()
+            mean, count = (mean * count + other * more) / (count + more), count + more
+        pools.append((mean, count))
+    most = max(1 - (len(wanted) - 1) * spacing, 0)
+    firsts = [min(max(mean, 0), most) for mean, count in pools for _ in range(count)]
+    return [first + i * spacing for i, first in enumerate(firsts)]
 
 
 def _dark(colour: Any) -> tuple[float, ...]:

@@ -206,12 +206,27 @@
     plot.append(make("circle", { id: "ring", r: 8, visibility: "hidden" }));
   }
 
+  /** Places as near as can be to those wanted, which ascend: so far apart, and between low and high. */
+  function apart(wanted, spacing, low, high) {
+    const pools = []; // neighbours that would overlap stay together: where their first is, how many
+    wanted.forEach((place, i) => {
+      let mean = place - i * spacing, count = 1;
+      while (pools.length && pools.at(-1)[0] > mean) {
+        const [other, more] = pools.pop();
+        mean = (mean * count + other * more) / (count + more);
+        count += more;
+      }
+      pools.push([mean, count]);
+    });
+    const most = Math.max(high - (wanted.length - 1) * spacing, low);
+    const firsts = pools.flatMap(([mean, count]) => Array(count).fill(Math.min(Math.max(mean, low), most)));
+    return firsts.map((first, i) => first + i * spacing);
+  }
+
   /** Names right of the lines' ends, moved apart where they would cover each other. */
   function nameEnds(edge, top, bottom, letters) {
     const ends = drawn.map((d) => ({ ...d, end: d.places.at(-1) })).sort((a, b) => a.end.y - b.end.y);
-    const places = ends.map((e) => e.end.y);
-    for (let i = 1; i < places.length; i++) places[i] = Math.max(places[i], places[i - 1] + 15);
-    for (let i = places.length - 1, limit = bottom; i >= 0; i--, limit = places[i + 1] - 15) places[i] = Math.min(places[i], limit);
+    const places = apart(ends.map((e) => e.end.y), 15, top, bottom);
     ends.forEach(({ name, group, end }, i) => {
       const text = name.length > letters ? name.slice(0, Math.max(letters - 1, 1)) + "\u2026" : name;
       group.append(make("path", { class: end.x < edge - 30 ? "leader early" : "leader", d: `M${end.x} ${end.y}L${edge + 12} ${places[i]}` }),

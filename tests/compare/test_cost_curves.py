@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from subquad.compare.cost_curves import draw, figures
-from subquad.compare.curves import name_ends
+from subquad.compare.curves import apart, name_ends
 from subquad.compare.families import FAMILIES, REPRESENTATIVE, by_family, family
 from subquad.errors import UserError
 from subquad.layers import available
@@ -82,6 +82,15 @@ def test_names_do_not_cover_each_other():
     assert [text.get_text() for text in sorted(axes.texts, key=lambda text: text.get_position()[1])] == [
         f"layer {i}" for i in (5, 3, 4, 0, 2, 1)
     ]
+
+
+def test_places_stay_near_those_wanted():
+    assert apart([0.2, 0.5], 0.1) == [0.2, 0.5]
+    assert apart([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+    assert apart([0.1, 0.99, 1.0], 0.1) == pytest.approx([0.1, 0.9, 1.0])
+    assert apart([0.0, 0.02, 0.5], 0.1) == pytest.approx([0.0, 0.1, 0.5])
+    assert apart([0.5] * 4, 0.5) == [0.0, 0.5, 1.0, 1.5]  # no room
+    assert apart([], 0.1) == []
 
 
 def test_a_layer_without_a_state_has_no_line_for_it(made_up, tmp_path):
