@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint readme clean
 
 demo: $(READY)
 	$(BIN)/subquad train fit --config configs/demo.yaml --run runs/demo --overwrite
@@ -17,6 +17,9 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+readme: $(READY)
+	$(BIN)/subquad compare refresh README.md
 
 clean:
 	rm -rf .venv build dist subquad.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

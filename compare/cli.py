@@ -12,6 +12,7 @@ COMMANDS = {
     "decode": ("subquad.compare.decode", "tokens a second and state of whole models against context"),
     "kernels": ("subquad.compare.kernels", "Triton forms on this GPU, against the memory floor and other libraries"),
     "cpu": ("subquad.compare.cpu", "tokens per CPU second of small models, against transformers"),
+    "refresh": ("subquad.compare.refresh", "the README's tables, anew from the shipped measurements"),
 }
 
 

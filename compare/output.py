@@ -10,6 +10,8 @@ from typing import Any
 
 from subquad.compare.results import Measurements
 
+OUTPUTS = ("--csv", "--json", "--png", "--svg", "--html", "--picture", "--overwrite")
+
 
 def csv_writer(rows: Sequence[Mapping[str, Any]]) -> Callable[[Path], None]:
     """A function that writes `rows`, which share their keys, to a path."""
@@ -31,8 +33,17 @@ def json_writer(about: Measurements, rows: Sequence[Mapping[str, Any]]) -> Calla
 
 
 def typed(command: str, argv: Sequence[str] | None) -> str:
-    """`subquad command` with its arguments, as a shell takes it."""
-    return " ".join(["subquad", command, shlex.join(argv or ())]).rstrip()
+    """`subquad command` with its arguments, as a shell takes it, without the files that it writes."""
+    return " ".join(["subquad", command, shlex.join(without_outputs(argv or ()))]).rstrip()
+
+
+def without_outputs(words: Sequence[str]) -> list[str]:
+    """The words of a command line but for the options that say what is written where, which no figure depends on."""
+    kept, skipping = [], False
+    for word in words:
+        skipping = word.split("=")[0] in OUTPUTS or (skipping and not word.startswith("-"))
+        kept += [] if skipping else [word]
+    return kept
 
 
 def short(value: float | None, unit: str = "") -> str:

@@ -61,7 +61,7 @@ def python(installed, cwd, code):
 
 def test_it_holds_every_module_and_data_file(sources, installed):
     folders = tomllib.loads((sources / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
-    kinds = ("*.py", "*.yaml", "*.html", "*.css", "*.js", "py.typed")
+    kinds = ("*.py", "*.yaml", "*.json", "*.html", "*.css", "*.js", "py.typed")
     wanted = {
         str(Path(*package.split("."), file.relative_to(sources / folder)))
         for package, folder in folders.items()

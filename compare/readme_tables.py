@@ -1,0 +1,142 @@
+"""The README's tables, each from the shipped files that it is about."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from textwrap import fill
+from typing import Any
+
+from subquad.compare import shipped
+from subquad.compare.catalog import markdown
+from subquad.compare.kernel_cases import Sizes
+from subquad.compare.output import short, without_outputs
+from subquad.compare.results import load
+from subquad.layers import available
+
+Row = Mapping[str, Any]
+VARIANTS = {  # of the cases of compare kernels, in a reader's words
+    "no decay": "no decay",
+    "constant decay": "a fixed decay a head",
+    "scalar decay": "a decay a head and token",
+    "vector decay": "a decay a channel",
+    "short conv": "width 4, SiLU",
+}
+
+
+def prose(*sentences: str) -> list[str]:
+    """Lines of at most 120 characters."""
+    return fill(" ".join(sentences), 120, break_long_words=False, break_on_hyphens=False).splitlines()
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows)]
+
+
+def source(document: Mapping[str, Any]) -> str:
+    """Where figures come from: the command, the machine, the versions and the date."""
+    kept = {name: version for name, version in document["versions"].items() if version and name != "python"}
+    versions = ", ".join(f"{name} {str(version).split('+')[0]}" for name, version in kept.items())
+    command = " ".join(without_outputs(document["command"].split()))
+    return f"`{command}` on {document['machine']['name']}; {versions}; {document['created']}"
+
+
+def transformers_cpu() -> list[str]:
+    document = shipped.document("transformers_cpu")
+    settings = document["settings"]
+    about = (
+        f"Width {settings['d_model']}, {settings['layers']} layers, {settings['tokens']:,} tokens read and "
+        f"{settings['new_tokens']} decoded, batch 1, threads: {settings['threads']}"
+    )
+    rows = []
+    for row in document["rows"]:
+        cells = [row["model"]]
+        for phase in ("prefill", "decode"):
+            cells += [f"{row[f'{phase} tokens/s, {library}']:,.0f}" for library in ("ours", "transformers")]
+            cells.append(f"{row[f'{phase} ratio']:.2f}")
+        rows.append(cells)
+    heading = ("model", "prefill, ours", "theirs", "ratio", "decode, ours", "theirs", "ratio")
+    return [*prose(f"{about} ({source(document)})."), "", *table(heading, rows)]
+
+
+def kernels_h200() -> list[str]:
+    document, peers = shipped.document("kernels_h200"), shipped.document("kernels_h200_peers")
+    measured = {(row["case"], row["shape"], row["library"]) for row in document["rows"]}
+    rows = document["rows"] + [
+        row for row in peers["rows"] if (row["case"], row["shape"], row["library"]) not in measured
+    ]
+    others = {name: version for name, version in peers["versions"].items() if name not in ("torch", "triton")}
+    about = (
+        f"Milliseconds in {document['settings']['dtype']}, heads of width 128; copies at "
+        f"{document['settings']['copy_tb_s']:.2f} TB/s ({source(document)})."
+    )
+    theirs = (
+        f"Other libraries ({', '.join(others.values())}; torch {peers['versions']['torch'].split('+')[0]}, triton "
+        f"{peers['versions']['triton']}, on {peers['machine']['name']}), in brackets as a multiple of ours; "
+        f"{peers['settings']['note']}."
+    )
+    heading = ("op", "batch x tokens", "forward", "floor", "over floor", "forward and backward", "others")
+    return [*prose(about, theirs), "", *table(heading, kernel_rows(rows))]
+
+
+def kernel_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """Of the rows of `compare kernels`: one for each case and shape of ours, the other libraries in its last cell."""
+    cells, last = [], None
+    for case in dict.fromkeys(row["case"] for row in rows):
+        for row in rows:
+            if row["case"] != case or row["library"] != "ours" or row["forward ms"] is None:
+                continue
+            others = [_other(other, row) for other in rows if _is_peer(other, row)]
+            sizes = Sizes.parse(row["shape"])
+            variant = VARIANTS.get(case, case)
+            figures = [_ms(row["forward ms"]), _ms(row["forward floor ms"]), _times(row["forward / floor"])]
+            figures.append(_ms(row["train ms"]))
+            name = "" if case == last else f"`{row['op']}`, {variant}"
+            cells.append([name, f"{sizes.B} x {sizes.T:,}", *figures, "; ".join(others)])
+            last = case
+    return cells
+
+
+def _is_peer(other: Row, row: Row) -> bool:
+    same = all(other[key] == row[key] for key in ("case", "shape"))
+    return same and other["library"] not in ("ours", "torch") and other["forward ms"] is not None
+
+
+def _other(other: Row, ours: Row) -> str:
+    found = []
+    for phase in ("forward", "train"):
+        ms, mine = other[f"{phase} ms"], ours[f"{phase} ms"]
+        ratio = f" ({ms / mine:.1f}x)" if ms is not None and mine is not None else ""
+        found += [f"{_ms(ms)}{ratio}"] if ms is not None else []
+    return f"{other['library']} {', '.join(found)}"
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def decode(name: str) -> list[str]:
+    """Tokens a second at each context, one row a model, and the state at the longest."""
+    measured, document = load(shipped.path(name)), shipped.document(name)
+    settings = measured.settings
+    points = {(p.subject, p.tokens): p for p in measured.points}
+    contexts = sorted({p.tokens for p in measured.points})
+    rows = []
+    for subject in measured.subjects():
+        mine = [points.get((subject, n)) for n in contexts]
+        speeds = ["" if p is None or p.ms is None else f"{1e3 * settings['batch'] / p.ms:,.0f}" for p in mine]
+        states = ["" if p is None or p.state_bytes is None else short(p.state_bytes, "B") for p in mine]
+        rows.append([subject, *speeds, states[0], states[-1]])
+    heading = ["model", *(f"tokens/s at {n:,}" for n in contexts), f"state at {contexts[0]:,}", f"at {contexts[-1]:,}"]
+    notes = dict.fromkeys(p.note for p in measured.points if p.note and p.ms is not None)
+    about = f"Batch {settings['batch']}, {settings['dtype']} ({'; '.join([source(document), *notes])})."
+    return [*prose(about), "", *table(heading, rows)]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "layers": lambda: markdown(available()),
+    "transformers cpu": transformers_cpu,
+    "kernels h200": kernels_h200,
+    "decode cpu": lambda: decode("decode_cpu"),
+}
