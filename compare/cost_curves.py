@@ -1,14 +1,14 @@
 """Pictures of measured costs against length, log-log, readable in grey, each line named at its end."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from subquad.compare.curves import Line, last, log_axes, name_ends, plot
 from subquad.compare.families import REFERENCE, REPRESENTATIVE, by_family
-from subquad.compare.results import Kind, Measurements, Phase
+from subquad.compare.results import PHASES, Kind, Measurements, Phase
 from subquad.errors import UserError
 from subquad.infer.output import write_atomically
 
@@ -54,9 +54,7 @@ def draw(measurements: Measurements, path: str | Path, *, overwrite: bool = Fals
     subjects = measurements.subjects(shown)
     figure = _grid(measures) if len(subjects) <= TOGETHER else _families(by_family(subjects), measures)
     figure.suptitle(_title(measurements), fontsize=11, x=0.01, ha="left", parse_math=False)
-    if missing := _missing(measurements, shown):
-        width = int(figure.get_figwidth() * 15)
-        figure.supxlabel(textwrap.fill(missing, width), fontsize=8, x=0.01, ha="left", color="0.3", parse_math=False)
+    _foot(figure, [_missing(measurements, shown, subjects, PHASES)], 8)
     _save(figure, path, overwrite=overwrite)
 
 
@@ -80,7 +78,8 @@ def figures(
         lines = {name: _lines(measurements, shown, measure).get(name, []) for name in subjects}
         if measure.name in wanted and any(lines.values()):
             figure = _one(measure, lines)
-            figure.supxlabel(_title(measurements), fontsize=7, x=0.01, ha="left", color="0.3", parse_math=False)
+            missing = _missing(measurements, shown, subjects, measure.phases[:1])
+            _foot(figure, [_title(measurements), missing], 7)
             _save(figure, wanted[measure.name], overwrite=overwrite)
             written.append(wanted[measure.name])
     return written
@@ -176,12 +175,19 @@ def _title(measurements: Measurements) -> str:
     return f"{where}; torch {measurements.versions.get('torch')}; {how}; {measurements.created}"
 
 
-def _missing(measurements: Measurements, kind: str) -> str:
+def _foot(figure: Any, texts: Sequence[str], size: float) -> None:
+    """Small print below all panels, in lines that fit."""
+    width = int(figure.get_figwidth() * 128 / size)
+    text = "\n".join(textwrap.fill(text, width) for text in texts if text)
+    figure.supxlabel(text, fontsize=size, x=0.01, ha="left", color="0.3", parse_math=False)
+
+
+def _missing(measurements: Measurements, kind: str, subjects: Collection[str], phases: Collection[str]) -> str:
     """What has no time and why, from the shortest length on."""
     first: dict[tuple[str, str], str] = {}
-    for point in sorted((p for p in measurements.points if p.kind == kind), key=lambda p: p.tokens):
-        if point.ms is None and point.note:
-            first.setdefault((point.subject, point.phase), f"from {point.tokens:,} tokens: {point.note}")
+    for p in sorted(measurements.points, key=lambda p: p.tokens):
+        if p.ms is None and p.note and p.kind == kind and p.subject in subjects and p.phase in phases:
+            first.setdefault((p.subject, p.phase), f"from {p.tokens:,} tokens: {p.note}")
     reasons: dict[str, dict[str, list[str]]] = {}
     for (subject, phase), why in first.items():
         reasons.setdefault(why, {}).setdefault(subject, []).append(phase)

@@ -111,6 +111,7 @@ def test_figures_of_a_few(made_up, tmp_path):
     )
     drawn = texts(svg)
     assert {name for name in MANY if drawn[name]} == set(REPRESENTATIVE) & set(MANY)
+    assert any("No time: Attention (train) from 16,384 tokens: does not fit" in text for text in drawn)
 
 
 def test_refusals(made_up, tmp_path):
