@@ -1,6 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
+  data.points = data.points.map((row) => Object.fromEntries(data.columns.map((name, i) => [name, row[i]])));
   const byId = (id) => document.getElementById(id);
   const SVG = "http://www.w3.org/2000/svg";
   const HUES = [25, 255, 310, 150, 75, 200]; // a family each; in grey, dashes, markers and names tell lines apart

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from subquad.compare.cost_curves import TOGETHER
 from subquad.compare.families import REFERENCE, REPRESENTATIVE, by_family
 from subquad.compare.output import short
-from subquad.compare.results import Measurements
+from subquad.compare.results import Measurements, Point
 from subquad.infer.output import write_atomically
 
 KINDS = {"layer": "whole layers", "op": "their ops alone", "model": "models"}
@@ -125,7 +125,8 @@ def _data(measurements: Measurements) -> str:
         "families": [{"name": name, "members": members} for name, members in families.items()],
         "reference": REFERENCE,
         "shown": (few or subjects[:TOGETHER]) + models[:TOGETHER],
-        "points": [asdict(point) for point in measurements.points],
+        "columns": [field.name for field in fields(Point)],
+        "points": [astuple(point) for point in measurements.points],
     }
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
