@@ -3,274 +3,180 @@
 Models of the named mixers, each followed by a SwiGLU, are trained from nothing on synthetic tasks by the module and
 optimiser of `subquad train`. Accuracy is that of fresh sequences: of all answers at the training length, of those past
 it at multiples of it. Each finished run is a line of OUT/results.jsonl; the same command again does what is missing.
+
+A configuration (--config, a YAML file or a shipped one's name) has these options as its keys, layers as a list or as a
+mapping of labels, each to a layer or to the several layers of a line; the command line goes before it. Where it holds a
+claim, its figure is drawn (OUT/NAME.png and .svg), and OUT/claims.md says whether the runs agree. --claims stands for
+the shipped ones: known results of recall and state tracking at small scale.
 """
 
 import argparse
-import json
-import signal
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
 
+from subquad import configs
 from subquad.arguments import Parser
+from subquad.compare.claim_picture import draw_claim
 from subquad.compare.layers import label, specification
 from subquad.compare.output import csv_writer
+from subquad.compare.recall_claims import Verdict, gather, markdown
+from subquad.compare.recall_experiment import KINDS, PRESETS, Experiment, experiment
 from subquad.compare.recall_picture import draw
-from subquad.compare.recall_tasks import TASKS, Task, make_task
+from subquad.compare.recall_runs import Results, Row, carry_out, knobs
+from subquad.compare.recall_tasks import TASKS, Task
 from subquad.errors import UserError, nearest
 from subquad.infer.device import pick_device
 from subquad.infer.output import check_output, write_atomically
-from subquad.infer.state import nbytes
-from subquad.models.config import LMConfig
-from subquad.models.lm import LM
-from subquad.train.cli import quiet
-from subquad.train.rows import IGNORED, Batch
-from subquad.train.task import LanguageModeling
-
-Row = dict[str, Any]
-DEFAULTS: Row = {
-    "tasks": list(TASKS),
-    "layers": ["Attention", "LinearAttention", "DeltaNet"],
-    "d_model": 64,
-    "blocks": 2,
-    "steps": 1000,
-    "batch": 64,
-    "lr": 3e-3,
-    "seeds": 3,
-    "beyond": [2, 4],
-}
-PRESETS: dict[str, Row] = {
-    "laptop": {
-        "tasks": ["{name: mqar, pairs: 8, vocabulary: 32, length: 32}"],
-        "layers": ["Attention", "{name: Attention, window: 8}", "LinearAttention", "DeltaNet", "Mamba2"],
-        "d_model": 32,
-        "steps": 400,
-        "seeds": 2,
-    },
-}
-EXAMPLES = 256  # fresh sequences a length
-AT_ONCE = 16384  # tokens evaluated in one call
-FRESH = 1 << 48  # seeds of fresh sequences begin here, past those of any training
-WEIGHT_DECAY = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing, print the tables, write the files."""
     given = arguments(argv)
     device = pick_device(given.device)
-    tasks = [make_task("--tasks", specification("--tasks", text)) for text in given.tasks]
-    layers = [specification("--layers", text) for text in given.layers]
     if given.csv:
         check_output(given.csv, overwrite=given.overwrite)
-    runs = [describe(task, layer, seed, given) for task, layer, seed in product(tasks, layers, range(given.seeds))]
-    for run in runs[:: given.seeds]:  # what cannot be built is told before anything is trained
-        LM.from_config(run["lm"])
-    results = Results(given.out)
-    missing = [run for run in runs if results.find(run) is None]
-    quiet()
-    warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")  # accuracy is measured after training
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(missing) * given.steps)
-        for run in missing:
-            progress.update(bar, description=f"{run['task']['name']}, {run['layer']}, seed {run['seed']}")
-            results.add(run, perform(run, device, lambda: progress.advance(bar)))
+    options = {key: getattr(given, key) for key in KINDS if getattr(given, key) is not None}
+    preset = PRESETS.get(given.preset, {})
+    experiments = [experiment(options, preset, config) for config in given.config or [None]]
+    if given.results:
+        results = Results(given.results, make=False)
+        prepare_folder(given.out, experiments, overwrite=given.overwrite)
+    else:
+        results = Results(given.out / "results.jsonl", make=True)
+    failed = train_missing(experiments, results, device, given)
 
-    found = [results.find(run) for run in runs]
-    panels = []
-    for task in tasks:
-        mine = [row for row in found if row["task"] == knobs(task)]
-        panels.append((label(knobs(task)), task.chance, summary(mine)))
-        Console().print(_table(task, panels[-1][2], given))
-    write_atomically(given.out / "recall.png", lambda path: draw(panels, path), overwrite=True)
-    if given.csv:
-        write_atomically(given.csv, csv_writer([_flat(row) for row in found]), overwrite=given.overwrite)
-    return 0
+    verdicts: list[Verdict] = []
+    rows: list[Row] = []
+    for one in experiments:
+        found = [(tag, results.find(run)) for tag, run in one.runs]
+        if all(row is not None for _, row in found):
+            report(one, found, given.out, verdicts)
+            rows += [row | {"layer": one.title(tag, row["mixer"])} for tag, row in found]
+    if verdicts:
+        text = markdown(verdicts)
+        write_atomically(given.out / "claims.md", lambda path: path.write_text(text, encoding="utf-8"), overwrite=True)
+    if given.csv and rows:
+        write_atomically(given.csv, csv_writer([_flat(row) for row in rows]), overwrite=given.overwrite)
+    for run, reason in failed:
+        Console(stderr=True).print(f"failed: {escape(_name(run))}: {escape(reason)}", soft_wrap=True)
+    return 1 if failed else 0
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """What the command line, then the preset, then DEFAULTS say."""
+    """The command line, its words of YAML read."""
     parser = Parser(prog="subquad compare recall", description=(__doc__ or "").split("\n\n", 1)[1])
+    parser.add_argument("--config", nargs="+", help="YAML files or shipped ones: " + ", ".join(configs.names("recall")))
+    parser.add_argument("--claims", action="store_true", help="all shipped configurations")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=TASKS_HELP)
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help=LAYERS_HELP)
+    parser.add_argument("--first", metavar="LAYER", help="mixer of a block before the others, without a SwiGLU (none)")
     parser.add_argument("--d-model", type=int, help="width (64)")
     parser.add_argument("--blocks", type=int, help="blocks of mixer and SwiGLU (2)")
     parser.add_argument("--steps", type=int, help="of training (1000)")
     parser.add_argument("--batch", type=int, help="sequences a step (64)")
-    parser.add_argument("--lr", type=float, help="highest learning rate of AdamW (0.003)")
+    parser.add_argument("--lr", help="highest of AdamW (0.003), or '{Mamba2: 0.005, others: 0.003}'")
     parser.add_argument("--seeds", type=int, help="runs of each, with seeds from 0 (3)")
+    parser.add_argument("--shortest", type=int, help="train at random lengths from this one to the task's")
     parser.add_argument("--beyond", nargs="*", type=int, help="multiples of the training length to evaluate at (2 4)")
+    parser.add_argument("--variants", nargs="*", metavar="KNOBS", help=VARIANTS_HELP)
     parser.add_argument("--preset", help=f"values for what is not given: {', '.join(PRESETS)} (minutes on two cores)")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, each a process of its own (1)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default the first GPU, else cpu")
-    parser.add_argument("--out", type=Path, required=True, help="folder of results.jsonl and recall.png")
+    parser.add_argument("--out", type=Path, required=True, help="folder of results.jsonl, pictures and claims.md")
+    parser.add_argument("--results", type=Path, help="take the runs from this file and train nothing")
     parser.add_argument("--csv", type=Path, help="write the runs here")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --csv")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --csv, with --results pictures")
     given = parser.parse_args(argv)
     if given.preset is not None and given.preset not in PRESETS:
         raise UserError(f"--preset: there is no {given.preset!r}; {nearest(given.preset, PRESETS)}")
-    for name, value in (DEFAULTS | PRESETS.get(given.preset, {})).items():
-        if getattr(given, name) is None:
-            setattr(given, name, value)
-    for name in ("d_model", "blocks", "steps", "batch", "seeds"):
-        parser.at_least(given, name, 1)
-    if not 0 < given.lr < float("inf"):
-        raise UserError(f"--lr is {given.lr}; it must be above 0")
-    if any(factor < 2 for factor in given.beyond):
-        raise UserError(f"--beyond has {min(given.beyond)}; a multiple past the training length is at least 2")
+    if given.claims and given.config:
+        raise UserError("--claims stands for the shipped configurations; give it or --config")
+    if given.claims:
+        given.config = configs.names("recall")
+    for name in ("tasks", "layers", "variants"):
+        if getattr(given, name) is not None:
+            setattr(given, name, [specification(f"--{name}", text) for text in getattr(given, name)])
+    if given.first is not None:
+        given.first = specification("--first", given.first)
+    if given.lr is not None:
+        try:
+            given.lr = yaml.safe_load(given.lr)
+        except yaml.YAMLError:
+            raise UserError(f"--lr: {given.lr!r} is no valid YAML") from None
+    parser.at_least(given, "workers", 1)
     return given
 
 
 TASKS_HELP = "names, or mappings with knobs such as '{name: mqar, pairs: 16}'; by default all: " + ", ".join(TASKS)
 LAYERS_HELP = "mixers, or mappings with arguments such as '{name: Attention, window: 8}'"
+VARIANTS_HELP = "also evaluate at the training length with other knobs, such as '{distance: 8}' of needle"
 
 
-def knobs(task: Task) -> Row:
-    return {"name": task.name, **asdict(task)}
-
-
-def describe(task: Task, layer: str | dict[str, Any], seed: int, given: argparse.Namespace) -> Row:
-    """Everything a run's outcome depends on, as it stands in results.jsonl."""
-    pattern = [{"mixer": layer, "ffn": "SwiGLU"}]
-    blocks = [{"repeat": given.blocks, "pattern": pattern}]
-    lm = LMConfig(d_model=given.d_model, vocab_size=task.vocab_size, tie_embeddings=False, blocks=blocks)
-    run = {"task": knobs(task), "layer": label(layer), "seed": seed, "steps": given.steps, "batch": given.batch}
-    return run | {"lr": given.lr, "lengths": [task.length * n for n in (1, *given.beyond)], "lm": lm.to_dict()}
-
-
-def perform(run: Row, device: torch.device, advance: Callable[[], None]) -> Row:
-    """Train and evaluate: what a run found."""
-    task = make_task("results", run["task"])
-    torch.manual_seed(run["seed"])
-    warmup = max(1, min(100, run["steps"] // 10))
-    module = LanguageModeling(
-        LMConfig.from_dict(run["lm"]), lr=run["lr"], warmup_steps=warmup, weight_decay=WEIGHT_DECAY
-    )
-    trainer = Trainer(
-        accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        max_steps=run["steps"],
-        gradient_clip_val=1.0,
-        callbacks=[_Advance(advance)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    interrupt = signal.getsignal(signal.SIGINT)
+def prepare_folder(out: Path, experiments: Sequence[Experiment], *, overwrite: bool) -> None:
+    """The folder, in which nothing is replaced unasked."""
     try:
-        trainer.fit(module, _Stream(task, run))
-    except SystemExit as stop:  # Lightning's answer to Ctrl-C, after it has had later ones ignored
-        signal.signal(signal.SIGINT, interrupt)
-        raise KeyboardInterrupt from stop
-    model = module.lm.to(device).eval()
-    accuracies = [accuracy(model, task, length) for length in run["lengths"]]
-    return {
-        "accuracy": accuracies,
-        "state_bytes": state_bytes(model, task.length),
-        "parameters": model.n_parameters(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
-    }
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    for one in experiments:
+        for path in (out / f"{one.name}.png", out / f"{one.name}.svg", out / "claims.md"):
+            check_output(path, overwrite=overwrite)
 
 
-class _Advance(Callback):
-    def __init__(self, advance: Callable[[], None]):
-        self.advance = advance
+def train_missing(
+    experiments: Sequence[Experiment], results: Results, device: Any, given: argparse.Namespace
+) -> list[tuple[Row, str]]:
+    """Do the runs that `results` lacks, and return those that failed with the reason."""
+    wanted = {str(sorted(run.items())): run for one in experiments for _, run in one.runs}
+    missing = [run for run in wanted.values() if results.find(run) is None]
+    if given.results and missing:
+        raise UserError(
+            f"{given.results} lacks {len(missing)} of {len(wanted)} runs, such as {_name(missing[0])}; without "
+            "--results they are trained"
+        )
+    failed = []
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=sum(run["steps"] for run in missing))
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self.advance()
+        def advance(run: Row, steps: int) -> None:
+            progress.update(bar, description=escape(_name(run)), advance=steps)
 
-
-class _Stream:
-    """The batches of a run's training: each sequence is new, and batch number n follows from the seed and n."""
-
-    def __init__(self, task: Task, run: Row):
-        self.task, self.run = task, run
-
-    def __len__(self) -> int:
-        return int(self.run["steps"])
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(len(self)):
-            examples = self.task.examples((self.run["seed"] << 32) + step, self.run["batch"])
-            yield Batch(*examples, cu_seqlens=None, bytes_per_token=1.0, carry=None)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, task: Task, length: int) -> float | None:
-    """The part of right answers on fresh sequences: of all at the training length, at others of those past it.
-
-    None where a layer cannot read so many tokens.
-    """
-    tokens, targets = task.examples(FRESH + length, EXAMPLES, length)
-    if length > task.length:
-        targets[:, : task.length] = IGNORED
-    device = next(model.parameters()).device
-    right = 0
-    for part, wanted in zip(*(t.split(max(1, AT_ONCE // length)) for t in (tokens, targets)), strict=True):
-        try:
-            logits, _ = model(part.to(device))
-        except UserError:
-            return None
-        right += int((logits.argmax(-1).cpu() == wanted).sum())
-    return right / int((targets != IGNORED).sum())
+        for run, found in carry_out(missing, device, given.workers, advance):
+            if isinstance(found, str):
+                failed.append((run, found))
+            else:
+                results.add(run, found)
+    return failed
 
 
-def state_bytes(model: LM, length: int) -> int | None:
-    """Of one sequence after `length` tokens, caches included; None where a layer has no state to decode with."""
-    try:
-        return nbytes(model.init_state(1, length))
-    except UserError:
-        return None
-
-
-class Results:
-    """results.jsonl: a line a finished run, {what it depends on} and under "found" what it found."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / "results.jsonl"
-        self.found: dict[str, Row] = {}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+", encoding="utf-8") as file:
-                file.seek(0)
-                lines = file.readlines()
-                if lines and not lines[-1].endswith("\n"):  # of a process killed while it wrote
-                    file.write("\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                found = row.pop("found")
-            except (ValueError, KeyError, AttributeError, TypeError):
-                Console(stderr=True).print(f"{self.path}: line {number} is no whole run and is left out")
-                continue
-            self.found[self._key(row)] = row | found
-
-    @staticmethod
-    def _key(run: Row) -> str:
-        return json.dumps(run, sort_keys=True)
-
-    def find(self, run: Row) -> Row | None:
-        return self.found.get(self._key(run))
-
-    def add(self, run: Row, found: Row) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(run | {"found": found}) + "\n")
-        self.found[self._key(run)] = run | found
+def report(one: Experiment, found: list[tuple[str, Row]], out: Path, verdicts: list[Verdict]) -> None:
+    """Print the tables of an experiment and draw it; add the verdict where it holds a claim."""
+    panels = []
+    for task in one.tasks:
+        mine = [row | {"layer": one.title(tag, row["mixer"])} for tag, row in found if row["task"] == knobs(task)]
+        panels.append((label(knobs(task)), task.chance, summary(mine)))
+        Console().print(_table(task, panels[-1][2], one.settings))
+    if one.claim is None:
+        write_atomically(out / f"{one.name}.png", lambda path: draw(panels, path), overwrite=True)
+        return
+    lines = gather(found, one.claim.x)
+    verdict = one.claim.judge(lines)
+    Console().print(f"{one.claim.says}: {'agrees' if verdict.agrees else 'DISAGREES'}\n{verdict.found}\n", markup=False)
+    for kind in ("png", "svg"):
+        write_atomically(
+            out / f"{one.name}.{kind}",
+            lambda path, kind=kind: draw_claim(verdict, lines, one.tasks, path, kind),
+            overwrite=True,
+        )
+    verdicts.append(verdict)
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
@@ -285,8 +191,8 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     return out
 
 
-def _table(task: Task, rows: list[Row], given: argparse.Namespace) -> Table:
-    about = f"width {given.d_model}, {given.blocks} blocks, {given.steps} steps, {given.seeds} seeds"
+def _table(task: Task, rows: list[Row], settings: Row) -> Table:
+    about = "width {d_model}, {blocks} blocks, {steps} steps, {seeds} seeds".format(**settings)
     title = f"{label(knobs(task))}\n{about}; right answers in %, range; chance {100 * task.chance:.0f}"
     table = Table(title=title, title_justify="left")
     table.add_column("layer", overflow="fold", min_width=min(18, max(len(row["layer"]) for row in rows)))
@@ -308,8 +214,13 @@ def _percent(spread: tuple[float, float, float] | None) -> str:
     return mean if least == greatest else f"{mean} {least}-{greatest}"
 
 
+def _name(run: Row) -> str:
+    return f"{run['task']['name']}, {label(run['mixer'])}, seed {run['seed']}"
+
+
 def _flat(row: Row) -> Row:
     """A run as a row of the CSV."""
-    names = [f"accuracy at {length // row['lengths'][0]}x" for length in row["lengths"]]
     about = {"task": label(row["task"]), **{k: row[k] for k in ("layer", "seed", "steps", "parameters", "state_bytes")}}
-    return about | dict(zip(names, row["accuracy"], strict=True))
+    factors = [f"accuracy at {length // row['lengths'][0]}x" for length in row["lengths"]]
+    variants = [f"accuracy with {variant}" for variant in row["variants"]]
+    return about | dict(zip([*factors, *variants], [*row["accuracy"], *row["accuracy_of_variants"]], strict=True))

@@ -236,22 +236,30 @@ class Needle(Task):
     each the answer at the token before it. Run at lengths past training, it asks how far back a model still finds
     what it was told.
 
-    digits: tokens of the needle. depth: where it lies, from 0 (the beginning) to 1 (just before the question); any
-    place where it is not given. vocabulary: different digits, and as many tokens of hay.
+    digits: tokens of the needle. depth: where it lies, from 0 (the beginning) to 1 (just before the question); or
+    distance: how many tokens before the token at which it is asked for each digit lies, at least `digits`; any place
+    where neither is given. vocabulary: different digits, and as many tokens of hay.
     """
 
     digits: int = 4
     depth: float | None = None
+    distance: int | None = None
     vocabulary: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.depth is not None and not 0 <= self.depth <= 1:
             raise UserError(f"{self.name}: depth is {self.depth}; it must be between 0 and 1")
+        if self.distance is not None and self.depth is not None:
+            raise UserError(f"{self.name}: give depth or distance, not both")
+        if self.distance is not None and self.distance < self.digits:
+            raise UserError(
+                f"{self.name}: distance is {self.distance}; with {self.digits} digits it must be at least {self.digits}"
+            )
 
     @property
     def shortest(self) -> int:
-        return 2 * self.digits + 1
+        return self.digits + 1 + (self.distance or self.digits)
 
     @property
     def vocab_size(self) -> int:
@@ -266,11 +274,13 @@ class Needle(Task):
         tokens.copy_(torch.randint(1 + v, 1 + 2 * v, tokens.shape, generator=random))
         digits = torch.randint(1, 1 + v, (batch, n), generator=random)
         needle = torch.cat([torch.zeros(batch, 1, dtype=torch.long), digits], 1)
-        room = length - self.shortest + 1  # places for the needle's marker
-        if self.depth is None:
-            place = torch.randint(room, (batch, 1), generator=random)
+        last = length - 2 * n - 1  # place for the needle's marker
+        if self.distance is not None:
+            place = torch.full((batch, 1), last + n - self.distance)
+        elif self.depth is not None:
+            place = torch.full((batch, 1), round(self.depth * last))
         else:
-            place = torch.full((batch, 1), round(self.depth * (room - 1)))
+            place = torch.randint(last + 1, (batch, 1), generator=random)
         tokens.scatter_(1, place + torch.arange(n + 1), needle)
         tokens[:, -n:], targets[:, -n:] = needle[:, :-1], digits
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from subquad import cli
-from subquad.compare import recall
+from subquad.compare import recall, recall_runs
+from subquad.compare.recall_experiment import DEFAULTS
 from subquad.compare.recall_tasks import MQAR, TASKS, Induction, Needle, Parity, make_task
 
 TINY = ["compare", "recall", "--d-model", "16", "--blocks", "1", "--steps", "2", "--batch", "4", "--device", "cpu"]
@@ -95,6 +96,15 @@ def test_depth_of_the_needle():
         assert tokens[0].tolist().index(0) == place
 
 
+def test_distance_of_the_needle():
+    task = Needle(digits=2, distance=7)
+    tokens, targets = task.examples(0, 8)
+    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
+        place = row.index(0)
+        assert [t for t, answer in enumerate(wanted) if answer != -100] == [place + 1 + 7, place + 2 + 7]
+    assert task.shortest == 10
+
+
 def test_past_the_training_length_only_what_lies_there_counts(monkeypatch):
     """A model that counts right up to token 8 and is wrong after it."""
 
@@ -108,9 +118,9 @@ def test_past_the_training_length_only_what_lies_there_counts(monkeypatch):
             answers[:, 8:] = 1 - answers[:, 8:]
             return torch.nn.functional.one_hot(answers, 2).float(), None
 
-    monkeypatch.setattr(recall, "AT_ONCE", 64)
-    assert recall.accuracy(Counter(), Parity(length=8), 8) == 1.0
-    assert recall.accuracy(Counter(), Parity(length=8), 16) == 0.0
+    monkeypatch.setattr(recall_runs, "AT_ONCE", 64)
+    assert recall_runs.accuracy(Counter(), Parity(length=8), 8) == 1.0
+    assert recall_runs.accuracy(Counter(), Parity(length=8), 16) == 0.0
 
 
 def test_tables_files_and_resuming(tmp_path, capsys, monkeypatch):
@@ -129,8 +139,8 @@ def test_tables_files_and_resuming(tmp_path, capsys, monkeypatch):
     assert (out / "recall.png").read_bytes().startswith(b"\x89PNG")
 
     done = []
-    perform = recall.perform
-    monkeypatch.setattr(recall, "perform", lambda run, *rest: done.append(run["seed"]) or perform(run, *rest))
+    perform = recall_runs.perform
+    monkeypatch.setattr(recall_runs, "perform", lambda run, *rest: done.append(run["seed"]) or perform(run, *rest))
     assert cli.main(given) == 0
     assert done == []
     assert capsys.readouterr().out == shown
@@ -146,10 +156,9 @@ def test_tables_files_and_resuming(tmp_path, capsys, monkeypatch):
 
 
 def test_the_widest_table_fits_80_columns(capsys):
-    given = recall.arguments(["--out", "unused"])
     wide = {"state_bytes": 8_388_608, "parameters": 1_234_567, "lengths": [64, 128, 256]}
     rows = [{"layer": "Attention, n_kv_heads 1, window 16", "accuracy": [(0.994, 0.98, 1.0)] * 3, **wide}]
-    recall.Console(width=80).print(recall._table(MQAR(), rows, given))
+    recall.Console(width=80).print(recall._table(MQAR(), rows, DEFAULTS))
     shown = capsys.readouterr().out
     assert shown.count("99 98-100") == 3 and "8,388,608" in shown and "1,235 k" in shown
     assert recall._percent((0.5, 0.498, 0.502)) == "50"
@@ -161,8 +170,8 @@ def test_interrupted_runs_are_not_recorded(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     given = [*TINY, "--tasks", "parity", "--layers", "LinearAttention", "--seeds", "2", "--out", str(tmp_path)]
-    stream = recall._Stream.__iter__
-    monkeypatch.setattr(recall._Stream, "__iter__", lambda self: interrupt() if self.run["seed"] else stream(self))
+    stream = recall_runs._Stream.__iter__
+    monkeypatch.setattr(recall_runs._Stream, "__iter__", lambda self: interrupt() if self.run["seed"] else stream(self))
     assert cli.main(given) == 130
     assert [json.loads(line)["seed"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [0]
 
