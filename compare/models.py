@@ -5,13 +5,12 @@ file, or the folder of a saved model (./mamba2 where a shipped one has its name)
 
 Parameters: all of them, tied ones once. Active: without the experts of an MoE layer that a token does not choose.
 
-FLOPs a token: twice the multiplications of every matrix product (and of torch's convolutions) in one forward pass over
---tokens tokens, as torch's FLOP counter sees the ops' torch forms run, divided by the tokens. Dense attention counts
-its whole T x T square, masked half included; chunked forms count the products inside their chunks; an MoE layer counts
-the experts that a token chooses, or where experts choose all slots they have, spare ones included (of
-subquad.layers.MoE; anyone else's counts as it runs). What is elementwise is not counted: activations, norms, gates,
-recurrences as scans, short convolutions, FFTs. Training is three times that: a product's backward pass is two such
-products.
+FLOPs a token: those of one forward pass over --tokens tokens, divided by the tokens: twice the multiplications of every
+matrix product, as torch's FLOP counter sees them, and what the ops do besides products, recurrences as scans, short
+convolutions and FFTs, by their own formulas. Dense attention counts its whole T x T square, masked half included;
+chunked forms count the products inside their chunks; an MoE layer counts the experts that a token chooses, or where
+experts choose all slots they have, spare ones included. Not counted: activations, norms, gates. Training is three times
+that: a product's backward pass is two such products.
 
 State: bytes of one sequence's state as `init_state` allocates it for a context in --dtype; what accumulates stays in
 float32. Weights: bytes of the parameters that decoding one token reads, each once, in --dtype: the active ones, of an
@@ -20,27 +19,24 @@ embedding that is not also the head's only one row.
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from subquad import configs
 from subquad.arguments import Parser
+from subquad.compare.costs import forward, shares
 from subquad.compare.output import csv_writer, short
 from subquad.errors import UserError, nearest
 from subquad.infer.device import DTYPES, pick_dtype
 from subquad.infer.output import check_output, write_atomically
 from subquad.infer.state import nbytes
-from subquad.layers import MoE
 from subquad.layers.build import one_line
-from subquad.layers.moe import Experts
 from subquad.models.checkpoint import CONFIG
 from subquad.models.config import LMConfig, read_mapping
 from subquad.models.lm import LM
@@ -145,42 +141,16 @@ def count(config: LMConfig, contexts: Sequence[int], tokens: int, dtype: torch.d
     return row | states, notes
 
 
-def active_parameters(model: nn.Module) -> int:
+def active_parameters(model: LM) -> int:
     """Trained values without those of the experts that a token does not choose."""
-    total = sum(p.numel() for p in model.parameters())
-    for layer in model.modules():
-        if isinstance(layer, MoE):
-            n_experts = layer.experts.down.shape[0]
-            total -= round(sum(p.numel() for p in layer.experts.parameters()) * (1 - _chosen(layer) / n_experts))
-    return total
-
-
-def _chosen(layer: MoE) -> float:
-    """Experts that a token has, on average where the experts choose."""
-    return layer.router.top_k if layer.causal else layer.capacity_factor
+    share = shares(model, 1) | {model.embedding.weight: 1.0}
+    return round(sum(p.numel() * share.get(p, 1.0) for p in model.parameters()))
 
 
 def forward_flops(model: LM, tokens: int) -> int:
-    """FLOPs of the matrix products in one forward pass of a model on the meta device, whose experts this replaces."""
-    for layer in model.modules():
-        if isinstance(layer, MoE):
-            layer.experts = _OneExpert(layer.experts)  # type: ignore[assignment]
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, tokens, dtype=torch.long, device="meta"))
-    return counter.get_total_flops()
-
-
-class _OneExpert(nn.Module):
-    """Products of the sizes that a mixture's have, by one expert: who chooses whom would need values."""
-
-    def __init__(self, experts: Experts):
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        x = x.repeat_interleave(expert.shape[1], 0)
-        gate, _ = F.linear(x, self.experts.gate_up[0]).chunk(2, -1)
-        return F.linear(gate, self.experts.down[0]).unflatten(0, expert.shape).sum(1)
+    """FLOPs of one forward pass of a model on the meta device."""
+    with torch.enable_grad():
+        return forward(partial(model, torch.zeros(1, tokens, dtype=torch.long, device="meta")))[1]
 
 
 def _table(rows: list[Row], contexts: list[int], title: str) -> Table:

@@ -33,9 +33,11 @@ class Call(NamedTuple):
     forms: Mapping[str, Callable[..., Any]]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    form: Callable[..., Any]  # the one that ran
 
 
 _calls: list[Call] | None = None
+_instead: Callable[[Call], Any] | None = None
 
 
 @contextmanager
@@ -84,14 +86,17 @@ def pick(
 
 
 @contextmanager
-def recorded_calls() -> Iterator[list[Call]]:
-    """The calls of ops' forms made inside the `with` block, without those that a form itself makes."""
-    global _calls
-    before, _calls = _calls, []
+def recorded_calls(instead: Callable[[Call], Any] | None = None) -> Iterator[list[Call]]:
+    """The calls of ops' forms made inside the `with` block, without those that a form itself makes.
+
+    `instead` gives what a call returns where the form shall not run.
+    """
+    global _calls, _instead
+    before, (_calls, _instead) = (_calls, _instead), ([], instead)
     try:
         yield _calls
     finally:
-        _calls = before
+        _calls, _instead = before
 
 
 def _recorded(op: str, forms: Mapping[str, Callable[..., Any]], form: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,9 +104,10 @@ def _recorded(op: str, forms: Mapping[str, Callable[..., Any]], form: Callable[.
         global _calls
         calls, _calls = _calls, None
         try:
+            made = Call(op, forms, args, kwargs, form)
             if calls is not None:
-                calls.append(Call(op, forms, args, kwargs))
-            return form(*args, **kwargs)
+                calls.append(made)
+            return form(*args, **kwargs) if _instead is None else _instead(made)
         finally:
             _calls = calls
 

@@ -13,13 +13,15 @@ from torch import Tensor
 from subquad.errors import UserError
 
 _LIBRARY = torch.library.Library("subquad", "FRAGMENT")
+OPERATORS: dict[str, "Operator"] = {}  # by name, filled as they are defined
 
 
 class Operator:
     """A function of tensors and numbers, as one node of any graph."""
 
     def __init__(self, function: Callable[..., Any], name: str, mutates_args: Sequence[str]):
-        self.name = name
+        self.name, self.function = name, function
+        OPERATORS[name] = self
         _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         self.op = getattr(torch.ops.subquad, name).default

@@ -78,7 +78,7 @@ def test_mamba2():
     assert row["parameters"] == table + in_proj + out_proj + rest
     # One chunk: C B^T, which all heads share; that times x; the state read by C; the state written by B.
     chunk = 2 * 8 * 8 * 8 + 2 * 8 * 8 * inner + 2 * (2 * 8 * 8 * inner)
-    assert row["FLOPs a token"] == 2 * (table + in_proj + out_proj) + chunk / 8
+    assert row["FLOPs a token"] == 2 * (table + in_proj + 4 * mixed + out_proj) + chunk / 8
     assert row["state bytes at 10"] == row["state bytes at 1000"] == 3 * mixed * 2 + 8 * inner * 4
     assert row["weight bytes a token"] == 2 * row["parameters"]
 
