@@ -13,7 +13,7 @@ Bytes are what must at least be moved: the input, the output, the parameters, ea
 written; in training the first three and their gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -48,10 +48,17 @@ def count_op(
 ) -> tuple[int, int]:
     """(FLOPs, bytes) of a layer's mixing ops alone, on what the layer gives them."""
     _, _, calls = _counted(layer, phase, batch, tokens, d_model, dtype)
-    calls = [call for call in calls if call.op not in AROUND]
+    calls = mixing(layer, calls)
     found = [costs.cost(call) for call in calls]
     flops, tensors = sum(c.products + c.scans for c in found), sum(map(costs.tensor_bytes, calls))
     return (3 * flops, 2 * tensors) if phase == "train" else (flops, tensors + sum(c.state for c in found))
+
+
+def mixing(layer: nn.Module, calls: Sequence[Call]) -> list[Call]:
+    """Of the calls that a layer made those of the ops its card names, or else all but those of ops around others."""
+    card = getattr(layer, "card", None)
+    named = [call for call in calls if card and call.op in card.op.split(", ")]
+    return named or [call for call in calls if call.op not in AROUND]
 
 
 def _counted(

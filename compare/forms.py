@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from subquad.arguments import Parser
+from subquad.compare.costs import mixing
 from subquad.compare.output import csv_writer
 from subquad.errors import UserError, nearest
 from subquad.infer.output import check_output, write_atomically
@@ -80,8 +81,7 @@ def measure(layer: Layer, length: int, d_model: int, repeat: int) -> Row:
     x = torch.randn(1, length, d_model)
     with backend("torch"), recorded_calls() as calls:
         layer(x)
-    named = [call for call in calls if layer.card and call.op in layer.card.op.split(", ")]
-    calls = named or calls  # a composition names no op: all of its mixers'
+    calls = mixing(layer, calls)
 
     def op(form: str) -> None:
         for call in calls:
