@@ -226,7 +226,7 @@ def carry_out(
                 yield run, message
     finally:
         for _, process in at_work.values():
-            process.terminate()
+            process.kill()
             process.join()
 
 
