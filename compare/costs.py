@@ -65,7 +65,8 @@ def _counted(
     layer: nn.Module, phase: str, batch: int, tokens: int, d_model: int, dtype: torch.dtype
 ) -> tuple[int, int, list[Call]]:
     """Of a forward pass: FLOPs, the bytes of input, output and parameters, and the calls of ops that have formulas."""
-    model, new = on_meta(layer, dtype), 1 if phase == "decode" else tokens
+    model: Any = on_meta(layer, dtype)
+    new = 1 if phase == "decode" else tokens
     with torch.device("meta"), torch.set_grad_enabled(phase == "train"):
         state = None
         if phase != "train" and hasattr(model, "init_state"):
