@@ -10,7 +10,7 @@ from typing import Any
 
 from subquad.compare.results import Measurements
 
-OUTPUTS = ("--csv", "--json", "--png", "--svg", "--html", "--picture", "--overwrite")
+OUTPUTS = ("--csv", "--json", "--png", "--svg", "--html", "--picture", "--overwrite", "--resume")
 
 
 def csv_writer(rows: Sequence[Mapping[str, Any]]) -> Callable[[Path], None]:
