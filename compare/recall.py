@@ -31,6 +31,7 @@ from subquad.compare.recall_experiment import KINDS, PRESETS, Experiment, experi
 from subquad.compare.recall_picture import draw
 from subquad.compare.recall_runs import Results, Row, carry_out, knobs
 from subquad.compare.recall_tasks import TASKS, Task
+from subquad.compare.shipped import folder
 from subquad.errors import UserError, nearest
 from subquad.infer.device import pick_device
 from subquad.infer.output import check_output, write_atomically
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     preset = PRESETS.get(given.preset, {})
     experiments = [experiment(options, preset, config) for config in given.config or [None]]
     if given.results:
-        results = Results(given.results, make=False)
+        shipped = str(given.results) == SHIPPED
+        results = Results(folder() / "recall.jsonl" if shipped else given.results, make=False)
         prepare_folder(given.out, experiments, overwrite=given.overwrite)
     else:
         results = Results(given.out / "results.jsonl", make=True)
@@ -90,7 +92,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, each a process of its own (1)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default the first GPU, else cpu")
     parser.add_argument("--out", type=Path, required=True, help="folder of results.jsonl, pictures and claims.md")
-    parser.add_argument("--results", type=Path, help="take the runs from this file and train nothing")
+    parser.add_argument("--results", type=Path, help=RESULTS_HELP)
     parser.add_argument("--csv", type=Path, help="write the runs here")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --csv, with --results pictures")
     given = parser.parse_args(argv)
@@ -116,6 +118,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 TASKS_HELP = "names, or mappings with knobs such as '{name: mqar, pairs: 16}'; by default all: " + ", ".join(TASKS)
 LAYERS_HELP = "mixers, or mappings with arguments such as '{name: Attention, window: 8}'"
+SHIPPED = "shipped"
+RESULTS_HELP = f"train nothing and take the runs from this file, or from the package's with the word {SHIPPED}"
 VARIANTS_HELP = "also evaluate at the training length with other knobs, such as '{distance: 8}' of needle"
 
 
@@ -177,6 +181,19 @@ def report(one: Experiment, found: list[tuple[str, Row]], out: Path, verdicts: l
             overwrite=True,
         )
     verdicts.append(verdict)
+
+
+def shipped_claims() -> list[str]:
+    """The table of claims and verdicts, from the package's own runs."""
+    results = Results(folder() / "recall.jsonl", make=False)
+    verdicts = []
+    for name in configs.names("recall"):
+        one = experiment({}, {}, name)
+        found = [(tag, row) for tag, run in one.runs if (row := results.find(run))]
+        if one.claim is None or len(found) < len(one.runs):
+            raise UserError(f"{results.path} lacks runs of {name}; take it anew with subquad compare recall --claims")
+        verdicts.append(one.claim.judge(gather(found, one.claim.x)))
+    return markdown(verdicts).splitlines()
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
