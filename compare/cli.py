@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from subquad.arguments import dispatch
 
 COMMANDS = {
-    "complexity": ("subquad.compare.complexity", "time, memory and state against length, with exponents and crossovers"),
-    "layers": ("subquad.compare.layers", "time and state of layers against length, as a table and as curves"),
+    "complexity": (
+        "subquad.compare.complexity",
+        "time, memory and state against length, with exponents and crossovers",
+    ),
     "recall": ("subquad.compare.recall", "recall, copying and state tracking of small models, against state bytes"),
     "forms": ("subquad.compare.forms", "every layer's vectorised form against its plain recurrence"),
     "models": ("subquad.compare.models", "parameters, FLOPs, state and weights a token of whole models, counted"),

@@ -2,39 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from math import log10
-from pathlib import Path
 from typing import Any
 
-PANELS = {
-    "train ms": "forward and backward (ms)",
-    "prefill ms": "prefill (ms)",
-    "decode ms": "one decoded token (ms)",
-    "state bytes": "state (bytes)",
-}
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*"
 Line = Sequence[tuple[float, float]]  # (tokens, figure), shortest first
-
-
-def draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draw rows of {layer, tokens, one column a panel} as a PNG; a panel that no row has a figure for is left out."""
-    from matplotlib.figure import Figure
-
-    keys = [key for key in PANELS if any(row[key] for row in rows)]
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    figure = Figure(figsize=(12, 4.2 * -(-len(keys) // 2)), layout="constrained")
-    figure.suptitle(title)
-    for axes, key in zip(figure.subplots(-(-len(keys) // 2), 2, squeeze=False).flat, keys, strict=False):
-        lines = {
-            layer: [(row["tokens"], row[key]) for row in rows if row["layer"] == layer and row[key]] for layer in layers
-        }
-        plot(axes, lines)
-        axes.set(xlabel="tokens", ylabel=PANELS[key])
-        log_axes(axes, [row["tokens"] for row in rows], [row[key] for row in rows if row[key]])
-        name_ends(axes, [(line.get_label(), *last(line), line.get_color()) for line in axes.lines])
-    for axes in figure.axes[len(keys) :]:
-        axes.remove()
-    figure.savefig(path, format="png", dpi=150)
 
 
 def plot(axes: Any, lines: Mapping[str, Line], *, reference: str | None = None, size: float = 5) -> None:

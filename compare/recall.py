@@ -24,7 +24,6 @@ from rich.table import Table
 from subquad import configs
 from subquad.arguments import Parser
 from subquad.compare.claim_picture import draw_claim
-from subquad.compare.layers import label, specification
 from subquad.compare.output import csv_writer
 from subquad.compare.recall_claims import Verdict, gather, markdown
 from subquad.compare.recall_experiment import KINDS, PRESETS, Experiment, experiment
@@ -32,6 +31,7 @@ from subquad.compare.recall_picture import draw
 from subquad.compare.recall_runs import Results, Row, carry_out, knobs
 from subquad.compare.recall_tasks import TASKS, Task
 from subquad.compare.shipped import folder
+from subquad.compare.subjects import label, specification
 from subquad.errors import UserError, nearest
 from subquad.infer.device import pick_device
 from subquad.infer.output import check_output, write_atomically

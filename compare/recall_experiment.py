@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from subquad import configs
-from subquad.compare.layers import label
 from subquad.compare.recall_claims import Claim
 from subquad.compare.recall_runs import Row, knobs, model_config
 from subquad.compare.recall_tasks import TASKS, Task, make_task
+from subquad.compare.subjects import label
 from subquad.errors import UserError, nearest
 from subquad.layers.build import check_keys, check_type
 from subquad.models.config import read_mapping

@@ -41,7 +41,7 @@ def test_version():
     ("words", "said"),
     [
         (["trian"], "subquad has no command 'trian'; did you mean 'train'?"),
-        (["compare", "layer"], "subquad compare has no command 'layer'; did you mean 'layers'?"),
+        (["compare", "model"], "subquad compare has no command 'model'; did you mean 'models'?"),
     ],
 )
 def test_misspelt_command(words, said):
