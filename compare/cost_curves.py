@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from subquad.compare.curves import Line, last, log_axes, name_ends, plot
-from subquad.compare.families import REFERENCE, REPRESENTATIVE, by_family
+from subquad.compare.families import REPRESENTATIVE, by_family
+from subquad.compare.fits import REFERENCE
 from subquad.compare.results import PHASES, Kind, Measurements, Phase
 from subquad.errors import UserError
 from subquad.infer.output import write_atomically
@@ -171,7 +172,7 @@ def _title(measurements: Measurements) -> str:
     """On what, with what and when."""
     machine, settings = measurements.machine, measurements.settings
     where = f"{machine.get('name')}" + (f", {machine['threads']} threads" if machine.get("device") == "cpu" else "")
-    how = ", ".join(f"{key} {value}" for key, value in settings.items() if isinstance(value, int | float | str))
+    how = ", ".join(f"{key} {settings[key]}" for key in ("d_model", "batch", "dtype") if key in settings)
     return f"{where}; torch {measurements.versions.get('torch')}; {how}; {measurements.created}"
 
 
@@ -184,10 +185,11 @@ def _foot(figure: Any, texts: Sequence[str], size: float) -> None:
 
 def _missing(measurements: Measurements, kind: str, subjects: Collection[str], phases: Collection[str]) -> str:
     """What has no time and why, from the shortest length on."""
-    first: dict[tuple[str, str], str] = {}
-    for p in sorted(measurements.points, key=lambda p: p.tokens):
-        if p.ms is None and p.note and p.kind == kind and p.subject in subjects and p.phase in phases:
-            first.setdefault((p.subject, p.phase), f"from {p.tokens:,} tokens: {p.note}")
+    first = {
+        (subject, phase): why
+        for (subject, of, phase), why in without_time(measurements).items()
+        if of == kind and subject in subjects and phase in phases
+    }
     reasons: dict[str, dict[str, list[str]]] = {}
     for (subject, phase), why in first.items():
         reasons.setdefault(why, {}).setdefault(subject, []).append(phase)
@@ -198,6 +200,15 @@ def _missing(measurements: Measurements, kind: str, subjects: Collection[str], p
             alike.setdefault(", ".join(phases), []).append(subject)
         sentences += [f"{', '.join(subjects)} ({phases}) {why}" for phases, subjects in alike.items()]
     return "No time: " + "; ".join(sentences) if sentences else ""
+
+
+def without_time(measurements: Measurements) -> dict[tuple[str, Kind, Phase], str]:
+    """By subject, kind and phase: from which length on there is no time, and why."""
+    first: dict[tuple[str, Kind, Phase], str] = {}
+    for p in sorted(measurements.points, key=lambda p: p.tokens):
+        if p.ms is None and p.note:
+            first.setdefault((p.subject, p.kind, p.phase), f"from {p.tokens:,} tokens: {p.note}")
+    return first
 
 
 def _save(figure: Any, path: Path, *, overwrite: bool) -> None:

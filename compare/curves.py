@@ -71,9 +71,10 @@ def name_ends(axes: Any, ends: Sequence[tuple[str, float, float, Any]], *, size:
     spacing = 1.4 * size / (72 * axes.get_window_extent().height / axes.figure.dpi)  # of the panel's height
     to_fraction = axes.transScale + axes.transLimits
     placed = sorted(((*to_fraction.transform((x, y)), name, colour) for name, x, y, colour in ends), key=lambda e: e[1])
+    furthest = max((x for x, *_ in placed), default=0)
     places = apart([y for _, y, *_ in placed], spacing)
     for (x, y, name, colour), place in zip(placed, places, strict=True):
-        early = x < 0.9  # its leader crosses others' lines, so it must not look like one
+        early = x < furthest - 0.01  # its leader crosses others' lines, so it must not look like one
         leader = {"color": colour, "linewidth": 0.8 if early else 0.6, "linestyle": (0, (1, 3)) if early else "-"}
         axes.plot([x, 1.025], [y, place], **leader, clip_on=False, transform=axes.transAxes)
         about = {"va": "center", "fontsize": size, "transform": axes.transAxes, "parse_math": False}

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
+from subquad.compare.fits import REFERENCE
 from subquad.layers import available
 
-REFERENCE = "Attention"  # dense, which everything else is measured against
 FAMILIES = ("attention and sparse", "linear attention", "delta rules", "scans and SSMs", "convolutions", "others")
 OPS = {
     "linear_attention": "linear attention",

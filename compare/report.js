@@ -227,10 +227,11 @@
   /** Names right of the lines' ends, moved apart where they would cover each other. */
   function nameEnds(edge, top, bottom, letters) {
     const ends = drawn.map((d) => ({ ...d, end: d.places.at(-1) })).sort((a, b) => a.end.y - b.end.y);
+    const furthest = Math.max(...ends.map((e) => e.end.x));
     const places = apart(ends.map((e) => e.end.y), 15, top, bottom);
     ends.forEach(({ name, group, end }, i) => {
       const text = name.length > letters ? name.slice(0, Math.max(letters - 1, 1)) + "\u2026" : name;
-      group.append(make("path", { class: end.x < edge - 30 ? "leader early" : "leader", d: `M${end.x} ${end.y}L${edge + 12} ${places[i]}` }),
+      group.append(make("path", { class: end.x < furthest - 1 ? "leader early" : "leader", d: `M${end.x} ${end.y}L${edge + 12} ${places[i]}` }),
         make("text", { x: edge + 15, y: places[i] + 4 }, text, make("title", {}, name)));
     });
   }

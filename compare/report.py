@@ -8,8 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from subquad.compare.cost_curves import TOGETHER
-from subquad.compare.families import REFERENCE, REPRESENTATIVE, by_family
+from subquad.compare.claims import rows as claimed
+from subquad.compare.cost_curves import TOGETHER, without_time
+from subquad.compare.families import REPRESENTATIVE, by_family
+from subquad.compare.fits import REFERENCE, Crossover, Fit, crossovers, fits
 from subquad.compare.output import short
 from subquad.compare.results import Measurements, Point
 from subquad.infer.output import write_atomically
@@ -28,6 +30,7 @@ QUANTITIES = (
     {"id": "bytes", "name": "bytes moved", "title": "bytes to be moved, counted", "unit": "bytes", "short": "B"},
     {"id": "energy_j", "name": "energy", "title": "energy", "unit": "joules", "short": "J"},
 )
+NEVER = 10**15  # sorts "never" after every length
 NONE = "none"  # the class of a cell without a figure, which sorting puts last
 
 
@@ -108,8 +111,13 @@ def _measured(measurements: Measurements) -> str:
 
 
 def _listed(values: Mapping[str, Any]) -> str:
+    """Without mappings, which the command tells better, and what is empty."""
     said = {key: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v for key, v in values.items()}
-    return "; ".join(f"{key.replace('_', ' ')} {'none' if value is None else value}" for key, value in said.items())
+    return "; ".join(
+        f"{key.replace('_', ' ')} {'none' if value is None else value}"
+        for key, value in said.items()
+        if not isinstance(value, dict) and value != ""
+    )
 
 
 def _data(measurements: Measurements) -> str:
@@ -133,7 +141,93 @@ def _data(measurements: Measurements) -> str:
 
 
 def _tables(measurements: Measurements) -> Iterator[Table]:
+    yield _growth(measurements)
+    rows = claimed(measurements)
+    survey = [row for row in rows if row["table"] == "survey"]
+    if any(row["exponent"] is not None for row in survey):
+        about = "Costs of representative models as surveys state them, their value at the longest length measured"
+        yield _claims("survey", "Representative models", about, survey)
+    about = "Costs that each layer's card states"
+    yield _claims("claims", "Stated and measured", about, [row for row in rows if row["table"] == "layers"])
     yield _points(measurements)
+
+
+def _growth(measurements: Measurements) -> Table:
+    """Exponents and crossovers: a row for each subject, kind and phase, also for one without a figure."""
+    grown = {(f.subject, f.kind, f.phase, f.quantity): f for f in fits(measurements)}
+    kinds = list(_counts(measurements))
+    crossed = {(c.subject, c.kind, c.phase): c for kind in kinds for c in crossovers(measurements, kind)}
+    without = without_time(measurements)
+    rows = []
+    for key in dict.fromkeys((p.subject, p.kind, p.phase) for p in measurements.points):
+        time = grown.get((*key, "ms"))
+        others = [_exponent(grown.get((*key, name))) for name in ("flops", "peak_bytes", "state_bytes")]
+        fitted = Cell(f"{time.lengths[0]:,} to {time.lengths[-1]:,}", time.lengths[0]) if time else Cell("-")
+        below = _crossover(crossed.get(key))
+        rows.append(
+            [*map(Cell, key), _exponent(time), _interval(time), fitted, *others, *below, Cell(without.get(key, ""))]
+        )
+    about = (
+        "Cost ~ tokens ^ exponent, by least squares of logarithm on logarithm, with 95 % intervals. "
+        f"Below {REFERENCE}: the length from which on it takes less time, with 95 % of what the repeats allow."
+    )
+    columns = [
+        "subject",
+        "of",
+        "phase",
+        "exponent of time",
+        "95 % interval",
+        "fitted over",
+        "of FLOPs",
+        "of peak memory",
+    ]
+    columns += ["of state", f"below {REFERENCE} from", "range", "no time"]
+    return Table("growth", "Growth and crossovers", about, columns, rows)
+
+
+def _exponent(fit: Fit | None) -> Cell:
+    return Cell(f"{round(fit.exponent, 2) + 0:.2f}", round(fit.exponent, 4)) if fit else Cell("-")
+
+
+def _interval(fit: Fit | None) -> Cell:
+    return Cell(f"{fit.low:.2f} to {fit.high:.2f}", round(fit.low, 4)) if fit else Cell("-")
+
+
+def _crossover(found: Crossover | None) -> tuple[Cell, Cell]:
+    """Where it is and its range; sorted by length, "always below" first and "never" last."""
+    if found is None:
+        return Cell("-"), Cell("-")
+    if found.tokens is None:
+        known = found.note.startswith(("always", "never"))
+        return Cell(found.note, (0 if found.note.startswith("always") else NEVER) if known else None), Cell("-")
+    text = f"{found.tokens:,}" + (f" ({found.note})" if found.note else "")
+    low, high = ("never" if end is None else f"{end:,}" for end in (found.low, found.high))
+    return Cell(text, found.tokens), Cell(f"{low} to {high}", NEVER if found.low is None else found.low)
+
+
+def _claims(name: str, title: str, about: str, claims: Sequence[Mapping[str, Any]]) -> Table:
+    """What is stated of a cost, what was measured, and the verdict."""
+    rows = []
+    for row in claims:
+        exponent = row["exponent"]
+        measured = Cell("-") if exponent is None else Cell(f"{round(exponent, 2) + 0:.2f}", round(exponent, 4))
+        interval = (
+            Cell("-") if exponent is None else Cell(f"{row['low']:.2f} to {row['high']:.2f}", round(row["low"], 4))
+        )
+        words = [Cell(row[key] or "") for key in ("claim", "stated", "expected")]
+        rows.append([Cell(row["model"] if name == "survey" else row["layer"]), *words, measured, interval])
+        rows[-1] += [Cell(row["kind"] or ""), Cell(row["verdict"]), _figure(row["tokens"]), _figure(row["formula"])]
+        rows[-1] += [Cell(row["note"]), Cell(row["source"])]
+    columns = ["model" if name == "survey" else "layer", "cost", "stated", "exponent stated", "exponent measured"]
+    columns += ["95 % interval", "of", "verdict", "longest", "stated value there", "note", "source"]
+    kept = [i for i in range(len(columns)) if i < 8 or any(row[i].text not in ("", "-") for row in rows)]
+    return Table(
+        name,
+        title,
+        f"{about}; the exponents are those in the length.",
+        [columns[i] for i in kept],
+        [[row[i] for i in kept] for row in rows],
+    )
 
 
 def _points(measurements: Measurements) -> Table:
@@ -167,11 +261,12 @@ def _figure(value: float | None, unit: str = "") -> Cell:
         return Cell("-")
     if isinstance(value, int) and not unit and value < 10_000_000:
         return Cell(f"{value:,}", value)
-    return Cell(short(value, unit) if isinstance(value, int) else f"{value:,.4g}", value)
+    return Cell(short(value, unit) if value >= 1e7 or unit else f"{value:,.4g}", value)
 
 
 def _section(table: Table) -> str:
-    wide = f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.title)}">\n{_html(table)}\n</div>'
+    label = f'role="region" aria-label="{escape(table.title)}, scrollable"'
+    wide = f'<p class="hint">{escape(table.about)}</p>\n<div class="wide" tabindex="0" {label}>\n{_html(table)}\n</div>'
     heading = f"<h2>{escape(table.title)}</h2>"
     if table.long:
         inside = f"<details>\n<summary>{heading} ({len(table.rows):,})</summary>\n{wide}\n</details>"
@@ -188,7 +283,7 @@ def _html(table: Table) -> str:
     body = "\n".join(_row(row, numeric) for row in table.rows)
     kind = ' class="long"' if table.long else ""
     return (
-        f"<table{kind}>\n<caption>{escape(table.about)}</caption>\n"
+        f'<table{kind} aria-label="{escape(table.title)}">\n'
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
     )
 

@@ -178,6 +178,49 @@ def test_every_table_sorts_by_a_click_or_a_key_on_a_heading(browser, report):
     assert browser.complaints() == []
 
 
+def rows(browser, table):
+    """Cells by heading, a row a mapping."""
+    heads = browser.texts(f"#{table} thead th")
+    cells = browser.texts(f"#{table} tbody th, #{table} tbody td")
+    return [dict(zip(heads, cells[i : i + len(heads)], strict=True)) for i in range(0, len(cells), len(heads))]
+
+
+def test_growth_and_crossovers(browser, report):
+    browser.open(report)
+    found = {(row["subject"], row["phase"]): row for row in rows(browser, "growth")}
+    assert len(found) == 3 * len(SUBJECTS)
+    exponents = {key: row["exponent of time"] for key, row in found.items()}
+    assert exponents["Attention", "prefill"] == "2.00"
+    assert exponents["Mamba2", "prefill"] == exponents["Mamba2", "train"] == "1.00"
+    assert exponents["Mamba2", "decode"] == "0.00"
+    assert found["Attention", "prefill"]["of state"] == "1.00"
+    dense = found["Attention", "train"]
+    assert dense["exponent of time"] == "-"
+    assert dense["no time"] == "from 16,384 tokens: does not fit: needs about 38 GB"
+    from_there = "below Attention from"
+    assert found["Hyena", "prefill"][from_there] == "1,500"  # where 3 n is 2 n^2 / 1000
+    assert found["Mamba2", "prefill"][from_there] == "always below"
+    for heading in (4, 10):
+        browser.click(f"#growth thead th:nth-child({heading}) button")
+    shown = [row[from_there] for row in rows(browser, "growth")]
+    figures = [float(text.split()[0].replace(",", "")) for text in shown if text[0].isdigit()]
+    assert figures == sorted(figures)
+    assert shown[0] == "always below"
+    assert shown[-1] in ("-", "fewer than two lengths to compare")
+
+
+def test_claims_stand_beside_what_was_measured(browser, report):
+    browser.open(report)
+    survey = {(row["model"], row["cost"]): row for row in rows(browser, "survey")}
+    prefill = survey["Transformer", "prefill"]
+    assert (prefill["stated"], prefill["exponent measured"], prefill["verdict"]) == ("O(T^2 D)", "2.00", "agrees")
+    assert survey["S4", "prefill"]["verdict"] == "not measured"
+    cards = {(row["layer"], row["cost"]): row for row in rows(browser, "claims")}
+    assert cards["Mamba2", "prefill"]["verdict"] == "agrees"
+    assert cards["Mamba2", "prefill"]["source"].startswith("Dao and Gu 2024")
+    assert browser.complaints() == []
+
+
 def test_rows_are_chosen_by_words(browser, report):
     browser.open(report)
     browser.click("#points summary")
@@ -269,6 +312,7 @@ def test_everything_is_readable_in_both_schemes_and_fits_a_narrow_screen(browser
     found = browser.js(CONTRAST)
     assert len(found) > 100
     assert min(found) >= 4.5
+    assert len(browser.texts("h1, h2")) == 7
     assert browser.js("document.documentElement.scrollWidth") <= 400
     boxes = browser.js(
         "[...document.querySelectorAll('#plot .line text')].map((e) => e.getBoundingClientRect().toJSON())"
