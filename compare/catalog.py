@@ -12,9 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from subquad.arguments import Parser
+from subquad.compare import shipped
+from subquad.compare.results import Measurements
 from subquad.errors import UserError, nearest
 from subquad.kernels.state import leaves
 from subquad.layers import Layer, available
+
+TIMED = ("prefill", "decode")
+SHOWN = 4096  # tokens: of the lengths measured the longest that is not longer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,14 +57,28 @@ def _overview(layers: dict[str, type[Layer]]) -> Table:
 
 
 def markdown(layers: dict[str, type[Layer]]) -> list[str]:
-    """The README's table; state bytes are counted from the tensors of one float32 sequence at width 256."""
-    heading = "| layer | op | train | decode a token | state | paper | bytes at 1 k | at 64 k |"
-    rows = [heading, "|" + " --- |" * 8]
+    """The README's table; state bytes are counted from the tensors of one float32 sequence at width 256.
+
+    The last columns are milliseconds as shipped for a CPU.
+    """
+    measured, at = times()
+    heading = [*("layer", "op", "train", "decode a token", "state", "paper", "bytes at 1 k", "at 64 k")]
+    heading += [f"ms to read {at:,}", "to decode one"]
+    rows = ["| " + " | ".join(heading) + " |", "|" + " --- |" * len(heading)]
     for name, layer in layers.items():
         card = layer.card
         cells = ["?"] * 5 if card is None else [card.op, card.train, card.decode, card.state, card.paper]
-        rows.append("| " + " | ".join([f"`{name}`", *cells, *_state_bytes(layer)]) + " |")
+        found = {p.phase: p.ms for p in measured.points if (p.subject, p.kind, p.tokens) == (name, "layer", at)}
+        figures = ["" if found.get(phase) is None else f"{found[phase]:#.3g}".rstrip(".") for phase in TIMED]
+        rows.append("| " + " | ".join([f"`{name}`", *cells, *_state_bytes(layer), *figures]) + " |")
     return rows
+
+
+def times() -> tuple[Measurements, int]:
+    """The shipped costs on a CPU, and of the lengths measured the one that the table shows."""
+    measured = shipped.costs("cpu")
+    lengths = {p.tokens for p in measured.points if p.kind == "layer" and p.phase in TIMED}
+    return measured, max((n for n in lengths if n <= SHOWN), default=min(lengths))
 
 
 def _state_bytes(layer: type[Layer], d_model: int = 256) -> list[str]:

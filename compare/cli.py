@@ -13,6 +13,7 @@ COMMANDS = {
     "forms": ("subquad.compare.forms", "every layer's vectorised form against its plain recurrence"),
     "models": ("subquad.compare.models", "parameters, FLOPs, state and weights a token of whole models, counted"),
     "decode": ("subquad.compare.decode", "tokens a second and state of whole models against context"),
+    "pick": ("subquad.compare.pick", "what fits a memory at a length, and what it takes there"),
     "kernels": ("subquad.compare.kernels", "Triton forms on this GPU, against the memory floor and other libraries"),
     "cpu": ("subquad.compare.cpu", "tokens per CPU second of small models, against transformers"),
     "refresh": ("subquad.compare.refresh", "the README's tables, anew from the shipped measurements"),

@@ -27,6 +27,7 @@ from rich.table import Table
 from subquad.arguments import Parser
 from subquad.compare import results
 from subquad.compare.decode_picture import draw
+from subquad.compare.meters import free_bytes
 from subquad.compare.models import active_parameters, find_config
 from subquad.compare.output import csv_writer, short, typed
 from subquad.compare.results import Point
@@ -183,18 +184,6 @@ def _in_turn(model: LM, points: Sequence[Point], setting: Setting) -> Iterator[P
 def state_bytes(sketch: LM, batch: int, max_len: int, dtype: torch.dtype) -> int:
     with torch.device("meta"), torch.no_grad():
         return nbytes(sketch.init_state(batch, max_len, dtype))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated there, as far as the system tells."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    except (OSError, StopIteration):
-        return results.memory_bytes() or 2**63
 
 
 def begin(model: LM, batch: int, context: int, new_tokens: int, read: int) -> tuple[Context, bool]:

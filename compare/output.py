@@ -10,7 +10,8 @@ from typing import Any
 
 from subquad.compare.results import Measurements
 
-OUTPUTS = ("--csv", "--json", "--png", "--svg", "--html", "--picture", "--overwrite", "--resume")
+OUTPUTS = ("--csv", "--json", "--png", "--svg", "--html", "--picture")  # each with a file
+WRITING = ("--overwrite", "--resume")
 
 
 def csv_writer(rows: Sequence[Mapping[str, Any]]) -> Callable[[Path], None]:
@@ -39,10 +40,11 @@ def typed(command: str, argv: Sequence[str] | None) -> str:
 
 def without_outputs(words: Sequence[str]) -> list[str]:
     """The words of a command line but for the options that say what is written where, which no figure depends on."""
-    kept, skipping = [], False
+    kept, skipped = [], False
     for word in words:
-        skipping = word.split("=")[0] in OUTPUTS or (skipping and not word.startswith("-"))
-        kept += [] if skipping else [word]
+        if not skipped and word not in WRITING and word.split("=")[0] not in OUTPUTS:
+            kept.append(word)
+        skipped = word in OUTPUTS
     return kept
 
 

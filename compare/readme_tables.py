@@ -5,7 +5,7 @@ from textwrap import fill
 from typing import Any
 
 from subquad.compare import shipped
-from subquad.compare.catalog import markdown
+from subquad.compare.catalog import markdown, times
 from subquad.compare.kernel_cases import Sizes
 from subquad.compare.output import short, without_outputs
 from subquad.compare.results import load
@@ -36,6 +36,14 @@ def source(document: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {str(version).split('+')[0]}" for name, version in kept.items())
     command = " ".join(without_outputs(document["command"].split()))
     return f"`{command}` on {document['machine']['name']}; {versions}; {document['created']}"
+
+
+def layers() -> list[str]:
+    measured, _ = times()
+    settings = measured.settings
+    about = f"Times: width {settings['d_model']}, batch {settings['batch']}, {settings['dtype']}, threads: "
+    about += f"{measured.machine['threads']} ({source(shipped.document('costs_cpu'))})."
+    return [*markdown(available()), "", *prose(about)]
 
 
 def transformers_cpu() -> list[str]:
@@ -135,7 +143,7 @@ def decode(name: str) -> list[str]:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "layers": lambda: markdown(available()),
+    "layers": layers,
     "transformers cpu": transformers_cpu,
     "kernels h200": kernels_h200,
     "decode cpu": lambda: decode("decode_cpu"),
