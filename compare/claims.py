@@ -32,6 +32,7 @@ from subquad.layers import available
 
 Row = dict[str, Any]
 WIDE = 1.0  # an interval that settles nothing
+FAR = ("below", "disagrees")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ COMPUTE: tuple[tuple[str, Phase, Quantity], ...] = (
     ("decode a token", "decode", "ms"),
 )
 SHORT = {"training compute": "train", "training memory": "memory", "decode a token": "decode"}
+
+
+def complete(measurements: Measurements) -> bool:
+    """Whether the layers of all representative models were measured."""
+    return {model.layer for model in MODELS} <= {_name(subject) for subject in measurements.subjects("layer")}
 
 
 def table(measurements: Measurements) -> Group:
@@ -226,12 +232,13 @@ def verdict(expected: tuple[float, float] | None, found: Fit | None, claim: Clai
         return f"unsettled: {found.low:.2f} to {found.high:.2f}, {_span(*expected)} stated"
     if low <= expected[1] and high >= expected[0]:
         return "agrees"
-    way = "disagrees" if low > expected[1] else "below"
+    way = FAR[low > expected[1]]
     return f"{way}: {found.exponent:.2f}, {_span(*expected)} stated"
 
 
 def _span(low: float, high: float) -> str:
-    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+    low, high = round(low, 2), round(high, 2)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _name(subject: str) -> str:
@@ -282,13 +289,14 @@ def _survey(found: list[Row]) -> Table:
             row["verdict"].split(":")[0],
             end_section=last,
         )
-    notes = [f"{row['model']}, {row['note']}" for row in found if row["note"] and row["verdict"] != "agrees"]
+    notes = [f"{row['model']}, {row['note']}" for row in found if row["note"] and row["verdict"].startswith(FAR)]
     result.caption = escape("; ".join(dict.fromkeys(notes))) or None
     return result
 
 
 def _measured(row: Row) -> str:
-    return "-" if row["exponent"] is None else f"{row['exponent']:.2f} ±{(row['high'] - row['low']) / 2:.2f}"
+    half = "" if row["exponent"] is None else f" ±{(row['high'] - row['low']) / 2:.2f}"
+    return f"{_exponent(row)}{half}"
 
 
 def _zoo(found: list[Row]) -> Table:
@@ -316,4 +324,4 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 
 def _exponent(row: Row) -> str:
-    return "-" if row["exponent"] is None else f"{row['exponent']:.2f}"
+    return "-" if row["exponent"] is None else f"{round(row['exponent'], 2) + 0:.2f}"  # no -0.00

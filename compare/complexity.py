@@ -6,6 +6,8 @@ mixing op is measured alone too, on the very tensors the layer gives it, since p
 
 Times are medians of the repeats on the wall clock. Exponents are fitted from 4,096 tokens on, those of decoding over
 all contexts, with 95 % intervals. A crossover is the length from which on a layer takes less time than Attention.
+Where Attention, S4, Mamba, Hyena, Retention and RWKV4 are all measured, their costs and those of all layers as stated,
+O(.), stand beside the measured exponents, with a verdict.
 Ctrl-C leaves what was measured in the --json file; the same command with --resume goes on from there.
 """
 
@@ -23,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from subquad.arguments import Parser
-from subquad.compare import cost_curves, report
+from subquad.compare import claims, cost_curves, report
 from subquad.compare.fits import REFERENCE, Crossover, Fit, crossovers, fits
 from subquad.compare.measuring import WARM_UP, Limit, Setting, measure
 from subquad.compare.meters import freed_memory_kept
@@ -73,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(_table(measured))
     for note in notes(measured):
         console.print(f"- {note}", markup=False, highlight=False)
+    if claims.complete(measured):
+        console.print(claims.table(measured))
     if given.csv:
         rows = [asdict(point) for point in measured.points]
         write_atomically(given.csv, csv_writer(rows), overwrite=given.overwrite)

@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from subquad.compare.claims import MODELS, rows, table
+from subquad.compare.claims import MODELS, complete, rows, table
 from subquad.compare.growth import read
 from subquad.compare.results import Measurements, Point
 from subquad.errors import UserError
@@ -161,3 +161,8 @@ def test_without_representative_models_only_the_layers():
     console = Console(width=100, file=io.StringIO())
     console.print(table(measured(points("HGRN"))))
     assert "Transformer" not in console.file.getvalue() and "HGRN" in console.file.getvalue()
+
+
+def test_complexity_shows_them_where_all_representative_models_are():
+    assert not complete(measured(points("Attention"), points("S4")))
+    assert complete(measured(*(points(model.layer) for model in MODELS)))
