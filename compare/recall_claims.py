@@ -119,11 +119,13 @@ CARRIED = 1  # tokens by which a short convolution may lengthen a window's reach
 
 
 def solves(lines: Lines, layers: list[str]) -> tuple[bool, str]:
-    """Each of `layers` is right (SOLVED) at every point. The others' first and last points are told beside."""
+    """Each of `layers` is right (SOLVED) at every point, and no other line at its last."""
     worst = {label: min(lines[label], key=lambda p: p.mean) for label in layers}
     parts = [f"{label}: at least {_percent(p)} on average, at {p.x:,g}" for label, p in worst.items()]
-    parts += [_course(label, line) for label, line in lines.items() if label not in layers]
-    return all(p.mean >= SOLVED for p in worst.values()), "; ".join(parts)
+    others = {label: line for label, line in lines.items() if label not in layers}
+    parts += [_course(label, line) for label, line in others.items()]
+    agrees = all(p.mean >= SOLVED for p in worst.values()) and all(line[-1].mean < SOLVED for line in others.values())
+    return agrees, "; ".join(parts)
 
 
 def grows(lines: Lines, layers: list[str]) -> tuple[bool, str]:

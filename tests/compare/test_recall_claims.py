@@ -55,6 +55,7 @@ def line(*means, spread=0.0, xs=(1, 2, 4, 8)):
             False,
             "40 % on average",
         ),
+        ({"name": "solves", "layers": ["a"]}, {"a": line(1, 1), "b": line(0.4, 1)}, False, "b: 40 % at 1, 100 % at 2"),
         ({"name": "grows", "layers": ["a"]}, {"a": line(0.1, 0.5, 0.9, spread=0.05)}, True, "10 % (5-15) at 1, 90 %"),
         ({"name": "grows", "layers": ["a"]}, {"a": line(0.1, 0.5, 0.4, 0.9)}, False, "90 % at 8"),
         ({"name": "grows", "layers": ["a"]}, {"a": line(0.4, 0.5, spread=0.1)}, False, "40 % (30-50) at 1"),
