@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +82,7 @@ def figures(
             figure = _one(measure, lines)
             missing = _missing(measurements, shown, subjects, measure.phases[:1])
             _foot(figure, [_title(measurements), missing], 7)
-            _save(figure, wanted[measure.name], overwrite=overwrite)
+            _save(figure, wanted[measure.name], overwrite=overwrite, source=fingerprint(measurements))
             written.append(wanted[measure.name])
     return written
 
@@ -211,13 +212,18 @@ def without_time(measurements: Measurements) -> dict[tuple[str, Kind, Phase], st
     return first
 
 
-def _save(figure: Any, path: Path, *, overwrite: bool) -> None:
+def fingerprint(measurements: Measurements) -> str:
+    """What `figures` writes into its pictures, to tell which measurements they show."""
+    return sha256(repr(measurements).encode()).hexdigest()
+
+
+def _save(figure: Any, path: Path, *, overwrite: bool, source: str | None = None) -> None:
     from matplotlib import rc_context
 
     form = path.suffix.lower().lstrip(".")
     # One text for one picture: no date, no ids made of chance.
-    about = {"metadata": {"Date": None}} if form == "svg" else {}
+    about = ({"Date": None} if form == "svg" else {}) | ({"Description": source} if source else {})
     with rc_context({"svg.hashsalt": "subquad"}):
         write_atomically(
-            path, lambda partial: figure.savefig(partial, format=form, dpi=140, **about), overwrite=overwrite
+            path, lambda partial: figure.savefig(partial, format=form, dpi=140, metadata=about), overwrite=overwrite
         )

@@ -1,7 +1,8 @@
-"""`subquad compare refresh`: write the README's tables anew from the shipped measurements.
+"""`subquad compare refresh`: write the README's tables and figures anew from the shipped measurements.
 
-A table stands between the lines `<!-- measured: NAME -->` and `<!-- end -->`. --check writes nothing and fails where a
-table is out of step with its file. --measure takes a shipped file again first, with the command that it holds.
+A table stands between the lines `<!-- measured: NAME -->` and `<!-- end -->`; a figure is an image figures/cpu/NAME.svg
+of the costs measured on that device. --check writes nothing and fails where one is out of step with its file. --measure
+takes a shipped file again first, with the command that it holds.
 """
 
 import re
@@ -11,12 +12,13 @@ from importlib import import_module
 from pathlib import Path
 
 from subquad.arguments import Parser
-from subquad.compare import shipped
+from subquad.compare import cost_curves, shipped
 from subquad.compare.output import without_outputs
 from subquad.compare.readme_tables import TABLES
 from subquad.errors import UserError, nearest
 from subquad.infer.output import write_atomically
 
+FIGURE = re.compile(r"!\[[^]]*\]\((figures/(\w+)/\w+\.svg)\)")  # path and device
 BLOCK = re.compile(r"^<!-- measured: (.+?) -->\n(.*?)^<!-- end -->$", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -40,13 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     stale = [
         name for (name, old), (_, new) in zip(BLOCK.findall(before), BLOCK.findall(after), strict=True) if old != new
     ]
+    figures = stale_figures(after, given.page)
     if given.check:
-        for name in stale:
-            print(f"{given.page}: the table {name!r} is out of step with the shipped measurements")
-        return int(bool(stale))
+        for name in [*(f"table {name!r}" for name in stale), *(f"figure {path}" for path in figures)]:
+            print(f"{given.page}: the {name} is out of step with the shipped measurements")
+        return int(bool(stale or figures))
+    for device in sorted(set(figures.values())):
+        folder = given.page.parent / "figures" / device
+        folder.mkdir(parents=True, exist_ok=True)
+        cost_curves.figures(shipped.costs(device), folder, suffix=".svg", overwrite=True)
     if stale:
         write_atomically(given.page, lambda path: path.write_text(after, encoding="utf-8"), overwrite=True)
-    print(f"{given.page}: {', '.join(stale) or 'nothing'} changed")
+    print(f"{given.page}: {', '.join([*stale, *figures]) or 'nothing'} changed")
     return 0
 
 
@@ -72,6 +79,17 @@ def rewrite(text: str, page: str, tables: dict[str, Callable[[], list[str]]] = T
         return "\n".join([f"<!-- measured: {match[1]} -->", "", *tables[match[1]](), "", "<!-- end -->"])
 
     return BLOCK.sub(block, text)
+
+
+def stale_figures(text: str, page: Path) -> dict[str, str]:
+    """The figures of costs that the page shows and that were not drawn from what is shipped, with their devices."""
+    found = {}
+    for path, device in FIGURE.findall(text):
+        file = page.parent / path
+        drawn = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if cost_curves.fingerprint(shipped.costs(device)) not in drawn:
+            found[path] = device
+    return found
 
 
 def command(name: str) -> list[str]:

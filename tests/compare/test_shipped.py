@@ -2,13 +2,14 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from subquad import cli
-from subquad.compare import kernels, refresh, results, shipped
+from subquad.compare import cost_curves, kernels, refresh, results, shipped
 from subquad.compare.cpu import pairs
 from subquad.compare.kernel_cases import CASES
 from subquad.compare.models import find_config
@@ -18,6 +19,7 @@ from subquad.errors import UserError
 
 README = Path(__file__).parents[2] / "README.md"
 PAGE = "# Page\n\n<!-- measured: one -->\n\nold\n\n<!-- end -->\n\ntext\n\n<!-- measured: two -->\n<!-- end -->\n"
+PAGE_OF_FIGURES = f"<!-- measured: {min(TABLES)} -->\n<!-- end -->\n\n![state](figures/cpu/state.svg)\n"
 MADE = {"one": lambda: ["| 1 |"], "two": lambda: ["| 2 |", "| 3 |"]}
 
 
@@ -25,6 +27,25 @@ def test_the_readme_is_in_step_with_the_shipped_files(capsys):
     assert cli.main(["compare", "refresh", str(README), "--check"]) == 0, capsys.readouterr().out
     marked = {name for name, _ in refresh.BLOCK.findall(README.read_text(encoding="utf-8"))}
     assert marked == set(TABLES)
+
+
+def test_figures_are_drawn_again_from_what_is_shipped(tmp_path, capsys):
+    page = tmp_path / "PAGE.md"
+    page.write_text(PAGE_OF_FIGURES)
+    assert cli.main(["compare", "refresh", str(page), "--check"]) == 1
+    assert "the figure figures/cpu/state.svg is out of step with the shipped measurements" in capsys.readouterr().out
+    assert cli.main(["compare", "refresh", str(page)]) == 0
+    assert "figures/cpu/state.svg changed" in capsys.readouterr().out
+    assert cli.main(["compare", "refresh", str(page), "--check"]) == 0
+    drawn = tmp_path / "figures" / "cpu" / "state.svg"
+    other = cost_curves.fingerprint(replace(shipped.costs("cpu"), created="2020-01-01"))
+    drawn.write_text(drawn.read_text().replace(cost_curves.fingerprint(shipped.costs("cpu")), other))
+    assert cli.main(["compare", "refresh", str(page), "--check"]) == 1
+
+
+def test_the_readme_shows_the_costs():
+    shown = {path for path, _ in refresh.FIGURE.findall(README.read_text(encoding="utf-8"))}
+    assert {f"figures/cpu/{name}.svg" for name in ("training", "prefill", "decode", "state")} <= shown
 
 
 def test_every_file_says_where_it_comes_from():
