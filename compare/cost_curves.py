@@ -172,7 +172,10 @@ def _panel(
 def _title(measurements: Measurements) -> str:
     """On what, with what and when."""
     machine, settings = measurements.machine, measurements.settings
-    where = f"{machine.get('name')}" + (f", {machine['threads']} threads" if machine.get("device") == "cpu" else "")
+    threads = machine.get("threads")
+    where = f"{machine.get('name')}"
+    if machine.get("device") == "cpu":
+        where += f", {threads} thread{'' if threads == 1 else 's'}"
     how = ", ".join(f"{key} {settings[key]}" for key in ("d_model", "batch", "dtype") if key in settings)
     return f"{where}; torch {measurements.versions.get('torch')}; {how}; {measurements.created}"
 
