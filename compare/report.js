@@ -43,6 +43,8 @@
   const has = (kind, phase, quantity) =>
     data.points.some((p) => p.kind === kind && p.phase === phase && p[quantity] > 0);
 
+  const isOf = (name) => data.points.some((p) => p.subject === name && p.kind === chosen.kind);
+
   function settle() {
     const phases = data.phases.filter((f) => data.quantities.some((q) => has(chosen.kind, f.id, q.id)));
     if (!phases.some((f) => f.id === chosen.phase)) chosen.phase = phases[0]?.id;
@@ -152,7 +154,7 @@
     leave();
     plot.replaceChildren();
     drawn = [];
-    const names = [...looks.keys()].filter((name) => chosen.shown.has(name));
+    const names = [...looks.keys()].filter((name) => chosen.shown.has(name) && isOf(name));
     const mine = data.points.filter((p) => p.kind === chosen.kind && p.phase === chosen.phase && chosen.shown.has(p.subject));
     const points = mine.filter((p) => p[chosen.quantity] > 0);
     const caption = quantity ? `${phase.title}: ${quantity.title}` : "No figures";
@@ -316,9 +318,20 @@
     visit(i, Math.min(j, drawn[i].places.length - 1), true);
   }
 
+  /** Only what was measured of the chosen kind can be chosen. */
+  function offer() {
+    for (const input of byId("subjects").querySelectorAll("input[value]")) {
+      input.parentNode.hidden = !isOf(input.value);
+    }
+    for (const group of byId("subjects").querySelectorAll("fieldset")) {
+      group.hidden = !group.querySelector(":scope > label:not([hidden])");
+    }
+  }
+
   function refresh() {
     settle();
     controls();
+    offer();
     chart();
   }
 
@@ -367,6 +380,7 @@
     settle();
     controls();
     subjects();
+    offer();
     const plot = byId("plot");
     plot.addEventListener("pointermove", hover);
     plot.addEventListener("pointerdown", hover);

@@ -87,9 +87,8 @@ def _part(kind: str) -> str:
 
 
 def _subtitle(measurements: Measurements) -> str:
-    said = {"layer": "{} layers", "op": "{} ops alone", "model": "{} models"}
-    kinds = [said[kind].format(n) for kind, n in _counts(measurements).items()]
-    return f"{', '.join(kinds) or 'Nothing'}, measured on {measurements.machine.get('name')}, {measurements.created}."
+    kinds = [f"{KINDS[kind]}: {n}" for kind, n in _counts(measurements).items()]
+    return f"Measured on {measurements.machine.get('name')}, {measurements.created} ({', '.join(kinds) or 'nothing'})."
 
 
 def _counts(measurements: Measurements) -> dict[str, int]:

@@ -261,6 +261,27 @@ def test_phases_and_quantities(browser, report):
     assert browser.complaints() == []
 
 
+def test_layers_ops_and_models_are_shown_apart(browser, made_up, tmp_path):
+    path = tmp_path / "cost.html"
+    found = made_up(SUBJECTS)
+    model = [Point("mamba2", "model", "decode", n, 7.0) for n in (512, 1024)]
+    op = [Point("Mamba2", "op", "prefill", n, 0.5) for n in (512, 1024)]
+    write(replace(found, points=[*found.points, *op, *model]), path)
+    browser.open(path)
+    shown = "[...document.querySelectorAll('#plot .line')].map((e) => e.dataset.subject).sort()"
+    labels = "[...document.querySelectorAll('#subjects fieldset > label')]"
+    offered = f"{labels}.filter((e) => e.offsetParent).map((e) => e.textContent)"
+    assert browser.js(shown) == sorted(SUBJECTS)
+    assert sorted(browser.js(offered)) == sorted(SUBJECTS)
+    browser.click("[name=kind][value=op]")
+    assert browser.texts("#caption") == ["Prefill: time, median"]
+    assert browser.js(shown) == browser.js(offered) == ["Mamba2"]
+    browser.click("[name=kind][value=model]")
+    assert browser.texts("#caption") == ["Decoding one token: time, median"]
+    assert browser.js(shown) == browser.js(offered) == ["mamba2"]
+    assert browser.complaints() == []
+
+
 def test_a_point_tells_its_figures_to_the_pointer_and_to_keys(browser, report):
     browser.open(report)
     browser.mouse("mouseMoved", *browser.place("#plot [data-subject=Mamba2] .mark"))
