@@ -158,7 +158,9 @@ def _made(config: LMConfig, setting: Setting) -> LM:
 
 def _in_turn(model: LM, points: Sequence[Point], setting: Setting) -> Iterator[Point]:
     """The points with their times, or with a note where memory ran out all the same."""
-    loops, found, notes = {}, {}, {}
+    loops: dict[Point, Iterator[Any]] = {}
+    found: dict[Point, list[float]] = {}
+    notes: dict[Point, str] = {}
     for point in points:
         try:
             start, filled = begin(model, setting.batch, point.tokens, setting.new_tokens, setting.read)

@@ -1,10 +1,11 @@
 """The README's tables, each from the shipped files that it is about."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from importlib import import_module
 from textwrap import fill
 from typing import Any
 
-from subquad.compare import shipped
+from subquad.compare import claims, shipped
 from subquad.compare.catalog import markdown, times
 from subquad.compare.kernel_cases import Sizes
 from subquad.compare.output import short, without_outputs
@@ -65,23 +66,34 @@ def transformers_cpu() -> list[str]:
 
 
 def kernels_h200() -> list[str]:
-    document, peers = shipped.document("kernels_h200"), shipped.document("kernels_h200_peers")
+    document, earlier = shipped.document("kernels_h200"), shipped.document("kernels_h200_peers")
     measured = {(row["case"], row["shape"], row["library"]) for row in document["rows"]}
     rows = document["rows"] + [
-        row for row in peers["rows"] if (row["case"], row["shape"], row["library"]) not in measured
+        row for row in earlier["rows"] if (row["case"], row["shape"], row["library"]) not in measured
     ]
-    others = {name: version for name, version in peers["versions"].items() if name not in ("torch", "triton")}
     about = (
         f"Milliseconds in {document['settings']['dtype']}, heads of width 128; copies at "
-        f"{document['settings']['copy_tb_s']:.2f} TB/s ({source(document)})."
-    )
-    theirs = (
-        f"Other libraries ({', '.join(others.values())}; torch {peers['versions']['torch'].split('+')[0]}, triton "
-        f"{peers['versions']['triton']}, on {peers['machine']['name']}), in brackets as a multiple of ours; "
-        f"{peers['settings']['note']}."
+        f"{document['settings']['copy_tb_s']:.2f} TB/s ({source(document)}). Other libraries in brackets as a multiple "
+        f"of ours."
     )
     heading = ("op", "batch x tokens", "forward", "floor", "over floor", "forward and backward", "others")
-    return [*prose(about, theirs), "", *table(heading, kernel_rows(rows))]
+    return [*prose(about, _measured_earlier(rows, measured, earlier)), "", *table(heading, kernel_rows(rows))]
+
+
+def _measured_earlier(rows: Sequence[Row], measured: Collection[tuple[str, str, str]], earlier: Row) -> str:
+    """What is to be said of the other libraries' figures that no run of ours took."""
+    shown = {(row["case"], row["shape"]) for row in rows if row["library"] == "ours"}
+    old = {row["library"] for row in earlier["rows"] if (row["case"], row["shape"]) in shown} - {
+        library for _, _, library in measured
+    }
+    if not old:
+        return ""
+    versions = earlier["versions"]
+    names = ", ".join(versions[library] for library in versions if library in old)
+    return (
+        f"Those of an earlier run (torch {versions['torch'].split('+')[0]}, triton {versions['triton']}, "
+        f"{earlier['machine']['name']}): {names}{'; ' + earlier['settings']['note'] if 'fla' in old else ''}."
+    )
 
 
 def kernel_rows(rows: Sequence[Row]) -> list[list[str]]:
@@ -142,9 +154,39 @@ def decode(name: str) -> list[str]:
     return [*prose(about), "", *table(heading, rows)]
 
 
+def survey(device: str) -> list[str]:
+    """The models that surveys tabulate: cost as stated, its value, the measured exponent and what that says."""
+    measured = shipped.costs(device)
+    settings, found = measured.settings, [row for row in claims.rows(measured) if row["table"] == "survey"]
+    about = (
+        f"Width {settings['d_model']}, batch {settings['batch']}, {settings['dtype']}; times of the mixing op alone "
+        f"({source(shipped.document(f'costs_{device}'))})."
+    )
+    sources = "; ".join(dict.fromkeys(f"{row['model']}: {row['source']}" for row in found))
+    heading = ("model", "cost", "stated", "its value", "power of T", "measured, 95 %", "verdict")
+    return [*prose(about), "", *table(heading, survey_rows(found)), "", *prose(f"Stated by: {sources}.")]
+
+
+def survey_rows(found: Sequence[Row]) -> list[list[str]]:
+    cells, last = [], None
+    for row in found:
+        name = "" if row["model"] == last else f"{row['model']} ({row['form']})"
+        value = "" if row["formula"] is None else f"{short(row['formula'])} at {row['tokens']:,}"
+        powers = [round(row[end], 2) + 0 for end in ("exponent", "low", "high") if row[end] is not None]  # no -0.00
+        exponent = "{:.2f} ({:.2f} to {:.2f})".format(*powers) if powers else ""
+        verdict = row["verdict"].split(":")[0]
+        if row["note"] and verdict in claims.FAR:
+            verdict += f" ({row['note']})"
+        cells.append([name, row["claim"], row["stated"], value, row["expected"] or "", exponent, verdict])
+        last = row["model"]
+    return cells
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "layers": layers,
+    "survey cpu": lambda: survey("cpu"),
     "transformers cpu": transformers_cpu,
     "kernels h200": kernels_h200,
     "decode cpu": lambda: decode("decode_cpu"),
+    "recall": lambda: import_module("subquad.compare.recall").shipped_claims(),  # loads Lightning
 }

@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
 
 from subquad.compare.models import find_config
 from subquad.compare.subjects import Spec, long_enough
@@ -35,7 +34,8 @@ def sizes(
     module = _built(subject, kind, d_model, length)
     parameters = sum(p.numel() for p in module.parameters())
     weights = parameters * dtype.itemsize
-    longest = min((m.max_len for m in module.modules() if getattr(m, "max_len", None) is not None), default=length)
+    limits = (getattr(part, "max_len", None) for part in module.modules())
+    longest = min((limit for limit in limits if isinstance(limit, int)), default=length)
     if longest < length:
         return Sizes(parameters, weights, None, False, f"at most {longest:,} tokens", True)
     if not hasattr(module, "init_state"):
@@ -49,7 +49,7 @@ def sizes(
 
 
 @lru_cache(maxsize=256)
-def _built(subject: str, kind: str, d_model: int | None, length: int) -> nn.Module:
+def _built(subject: str, kind: str, d_model: int | None, length: int) -> Any:
     """On the meta device."""
     with torch.device("meta"):
         if kind == "model":
