@@ -4,6 +4,10 @@ For each layer and length: training (forward and backward), prefill (all tokens 
 and decoding a token; time, peak memory, state, energy where a GPU reports it, and counted FLOPs and bytes. A layer's
 mixing op is measured alone too, on the very tensors the layer gives it, since projections lower the layer's exponent.
 
+FLOPs are those that `subquad compare models` counts; attention to a cache counts all of its slots. Bytes are the input,
+the output and the parameters, each once, and the state that is read and written; in training the first three and their
+gradients.
+
 Times are medians of the repeats on the wall clock. Exponents are fitted from 4,096 tokens on, those of decoding over
 all contexts, with 95 % intervals. A crossover is the length from which on a layer takes less time than Attention.
 Where Attention, S4, Mamba, Hyena, Retention and RWKV4 are all measured, their costs and those of all layers as stated,

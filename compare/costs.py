@@ -131,9 +131,9 @@ def parameter_bytes(model: nn.Module, tokens: int) -> int:
     return round(sum(p.nbytes * share.get(p, 1.0) for p in model.parameters()))
 
 
-def shares(model: nn.Module, tokens: int) -> dict[nn.Parameter, float]:
+def shares(model: nn.Module, tokens: int) -> dict[Tensor, float]:
     """The share that `tokens` tokens read of the parameters of experts, and of an embedding that is no head."""
-    found: dict[nn.Parameter, float] = {}
+    found: dict[Tensor, float] = {}
     for layer in model.modules():
         if isinstance(layer, MoE):
             chosen = layer.router.top_k if layer.causal else layer.capacity_factor
