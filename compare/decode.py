@@ -266,7 +266,9 @@ def _table(measured: results.Measurements) -> Table:
     settings = measured.settings
     about = f"batch {settings['batch']}, {settings['dtype']}, torch {measured.versions['torch']}"
     table = Table(title=f"Decoding on {measured.machine['name']}, {about}", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("model", overflow="fold", min_width=12)
+    table.show_edge, table.padding = False, (0, 1, 0, 0)
+    longest = max(len(point.subject) for point in measured.points)
+    table.add_column("model", overflow="fold", min_width=min(longest, 20))
     for heading in ("context", "tokens/s", "ms\na step", "of the\nshortest", "state", "least moved\na step"):
         table.add_column(heading, justify="right", no_wrap=True)
     first: dict[str, float] = {}
