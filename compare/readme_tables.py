@@ -1,6 +1,7 @@
 """The README's tables, each from the shipped files that it is about."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from textwrap import fill
 from typing import Any
@@ -184,9 +185,9 @@ def survey_rows(found: Sequence[Row]) -> list[list[str]]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "layers": layers,
-    "survey cpu": lambda: survey("cpu"),
     "transformers cpu": transformers_cpu,
     "kernels h200": kernels_h200,
-    "decode cpu": lambda: decode("decode_cpu"),
     "recall": lambda: import_module("subquad.compare.recall").shipped_claims(),  # loads Lightning
+    **{f"survey {device}": partial(survey, device) for device in shipped.devices()},
+    **{name.replace("_", " "): partial(decode, name) for name in shipped.names() if name.startswith("decode_")},
 }
