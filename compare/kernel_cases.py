@@ -221,7 +221,13 @@ CASES = (
         _fla("kda", "chunk_kda", *"qkv", "decay", "beta"),
     ),
     Case("delta product", "delta_rule", _product, _fla_product()),
-    Case("RWKV-7", "dplr_rule", _rwkv7, _fla("rwkv7", "chunk_rwkv7", "q", "decay", *"kvab")),
+    Case(
+        "RWKV-7",
+        "dplr_rule",
+        _rwkv7,
+        _fla("rwkv7", "chunk_rwkv7", "q", "decay", *"kvab"),
+        {"decay_floor": -0.6065306597},
+    ),
     Case("running max", "running_max", _running_max, {}),
     Case("short conv", "short_conv", _short_conv, _causal_conv1d(), {"activation": "silu"}),
 )

@@ -175,7 +175,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
         return float("inf")
     wide = torch.complex128 if reference.is_complex() else torch.float64
     value, reference = value.to(wide), reference.to(wide)
-    norm = float(reference.norm())
+    norm = float(reference.detach().norm())
     return float((value - reference).norm()) / (norm if norm > 1e-6 else 1.0)
 
 
@@ -309,6 +309,9 @@ def _dplr_rule(r: Draw) -> Iterator[Case]:
 
     for name, decay in (("no", None), ("scalar", r.gate(r.B, r.T, H)), ("vector", r.gate(r.B, r.T, H, K))):
         yield f"{name} decay", inputs() | ({} if decay is None else {"decay": decay}), {}, r.normal(r.N, H, K, V)
+    floor = -1.0
+    bounded = inputs() | {"decay": floor * r.uniform(r.B, r.T, H, K)}
+    yield "bounded decay", bounded, {"decay_floor": floor}, r.normal(r.N, H, K, V)
 
 
 def _short_conv(r: Draw) -> Iterator[Case]:

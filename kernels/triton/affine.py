@@ -17,7 +17,7 @@ from torch import Tensor
 from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds, segments
-from subquad.kernels.triton.tiles import dot, fetch, load_tile, padded, precision, rows, store_tile
+from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, rows, store_tile
 
 
 @triton.jit
@@ -214,7 +214,7 @@ class Affine:
         self.Q, self.W, self.E, self.F = (None if t is None else rows(t) for t in (Q, W, E, F))
         self.K = next(t.shape[3] for t in (E, F) if t is not None)
         self.config = config("affine", device=x.device, K=self.K, V=self.V, size=x.element_size())
-        self.config["BLOCK_V"] = min(self.config["BLOCK_V"], padded(self.V))
+        self.config["BLOCK_V"] = columns(self.V, x.dtype, self.config["BLOCK_V"])
         programs = self.B * self.H * triton.cdiv(self.V, self.config["BLOCK_V"])
         if W is not None:  # one fills the shared memory that two of the others share
             programs *= 2
@@ -225,7 +225,7 @@ class Affine:
             self.n_chunks = self.T // CHUNK + self.cut.n_seqs
         strides = {t.stride() for t in (self.Q, self.W, self.E, self.F) if t is not None}
         self.options = {
-            "K": self.K, "V": self.V, "BLOCK_K": padded(self.K), "C": CHUNK, "REVERSE": reverse,
+            "K": self.K, "V": self.V, "BLOCK_K": columns(self.K, x.dtype), "C": CHUNK, "REVERSE": reverse,
             "VECTOR": whole is not None and whole.dim() == 3, "P_TRANSPOSED": P_transposed,
             "Y_TRANSPOSED": Y_transposed, "ALIKE": len(strides) == 1, "FETCH": not INTERPRETED,
             **precision(x.dtype), **self.config,
@@ -256,11 +256,12 @@ class Affine:
         if starts.numel():
             some = starts[:0]
             exact = "ieee" if self.options["PRECISION"] == "ieee" else "tf32x3"
-            block = min(32, padded(V))
+            block = columns(V, torch.float32, 32)
             _through_segments[(triton.cdiv(V, block), self.cut.n_seqs * H)](
                 moves, self.transitions, total, some if S is None else S, starts, some if last is None else last,
                 self.cut.first, self.cut.per_sequence, self.cut.packed, int(S is not None), int(last is not None), H,
-                K=K, V=V, WIDTH=moves.shape[3], BLOCK_K=padded(K), BLOCK_V=block, PART=min(32, padded(K)),
+                K=K, V=V, WIDTH=moves.shape[3], BLOCK_K=columns(K, torch.float32), BLOCK_V=block,
+                PART=columns(K, torch.float32, 32),
                 VECTOR=self.options["VECTOR"], TRANSPOSED=opposite is not None, REVERSE=self.options["REVERSE"],
                 PRECISION=exact, num_warps=4 if K <= 128 else 8, num_stages=1,
             )  # fmt: skip

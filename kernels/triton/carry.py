@@ -20,7 +20,7 @@ from torch import Tensor
 from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.segments import CHUNK, Segments, combine, segment_bounds
-from subquad.kernels.triton.tiles import dot, fetch, load_tile, padded, precision, store_tile
+from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, store_tile
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def carry_pass(
     block = program % N_BLOCKS
     h = (program // N_BLOCKS) % H
     n = program // (N_BLOCKS * H)
-    b, start, end, _ = segment_bounds(table, n, T, segment, per_sequence, packed)
+    b, start, end, _chunk = segment_bounds(table, n, T, segment, per_sequence, packed)
     row = tl.arange(0, C)
     key = tl.arange(0, BLOCK_K)
     col = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -111,7 +111,7 @@ def carry_pass(
             k_high, k_low, since, until = gate_columns(gate_row, tl.minimum(first + row, final), C)
             if EXCLUSIVE:  # a reader comes before its own decay
                 there = tl.minimum(tl.maximum(first + row - 1, first), final)
-                q_high, q_low, since, _ = gate_columns(gate_row, there, C)
+                q_high, q_low, since, _until = gate_columns(gate_row, there, C)
                 q_high = tl.where(row > 0, q_high, 0.0)
                 q_low = tl.where(row > 0, q_low, 0.0)
                 since = tl.where(row > 0, since, 1.0)
@@ -211,9 +211,9 @@ class Pass:
         self.more = r_more, w_more
         self.key_more, self.normalized = r_more is not None or w_more is not None, normalized
         launch = config("carry", device=x.device, K=self.K, V=self.V)
-        launch["BLOCK_V"] = min(launch["BLOCK_V"], padded(self.V))
+        launch["BLOCK_V"] = columns(self.V, x.dtype, launch["BLOCK_V"])
         self.options = {
-            "K": self.K, "V": self.V, "BLOCK_K": padded(self.K), "C": CHUNK, "DECAY": gates is not None,
+            "K": self.K, "V": self.V, "BLOCK_K": columns(self.K, x.dtype), "C": CHUNK, "DECAY": gates is not None,
             "EXCLUSIVE": exclusive, "REVERSE": reverse, "TRANSPOSED": transposed, "KEY_MORE": self.key_more,
             "VALUE_MORE": normalized, "FETCH": not INTERPRETED, **precision(x.dtype), **launch,
         }  # fmt: skip

@@ -17,18 +17,15 @@ def _add(total, a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _store(base, pairs, weights, VECTOR: tl.constexpr, C: tl.constexpr):
-    """Of different tokens, the reader after the writer; for a vector decay both ways."""
-    pairs *= weights
-    if VECTOR:
-        pairs += tl.trans(pairs)
-    store_matrix(base, pairs, C)
-
-
-@triton.jit
 def _store_own(base, pairs, row):
     own = tl.sum(tl.where(row[:, None] == row[None, :], pairs, 0.0), 1)
     tl.store(base + row, own)
+
+
+@triton.jit
+def _both_ways(pairs, after):
+    pairs = tl.where(after, pairs, 0.0)
+    return pairs + tl.trans(pairs)
 
 
 @triton.jit(do_not_specialize=["T", "per_sequence", "packed", "count"])
@@ -38,17 +35,17 @@ def chunk_products(
     y2, y2_b, y2_t, y2_h,
     x1, x1_b, x1_t, x1_h,
     x2, x2_b, x2_t, x2_h,
-    # log decay [B, T, H] or [B, T, H, K]
+    # scalar log decay [B, T, H]
     g, g_b, g_t, g_h,
     # the delta rule's write strength [B, T, H] and values
     beta, beta_b, beta_t, beta_h,
     v, v_b, v_t, v_h,
-    # out: pairs [4, n, H, C, C] of y1 x1, y2 x1, y1 x2, y2 x2, and own [2, n, H, C], those of a token itself; the
-    # shares without K of dv [B, T, H, V] and dbeta [B, T, H]
+    # out: the pairs, and own [1 or 2, n, H, C], those of a token with itself; the shares without K of dv [B, T, H, V]
+    # and dbeta [B, T, H]
     pairs, own, dv, dbeta,
     table, T, per_sequence, packed, count, H,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, EXCLUSIVE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -94,21 +91,34 @@ def chunk_products(
     if beta is not None:
         tl.store(dbeta + line + row * H, dstrength, mask=inside)
 
-    after = row[:, None] > row[None, :]
-    if g is None or VECTOR:
-        weights = tl.where(after, 1.0, 0.0)
-    else:
-        gate = tl.load(g + b * g_b + at * g_t + h * g_h + row * g_t, mask=inside, other=0.0)
-        q_high, q_low, k_high, k_low, _since, _until, _whole = cumulated(gate, EXCLUSIVE)
-        gap = (q_high[:, None] - k_high[None, :]) + (q_low[:, None] - k_low[None, :])
-        weights = tl.exp(tl.where(after, gap, float("-inf")))
     here = tl.program_id(0).to(tl.int64)
-    next = count.to(tl.int64) * H
     _store_own(own + here * C, m11, row)
-    _store(pairs + here * C * C, m11, weights, VECTOR, C)
-    if y2 is not None:
-        _store(pairs + (next + here) * C * C, m21, weights, VECTOR, C)
     if x2 is not None:
-        _store_own(own + (next + here) * C, m12, row)
-        _store(pairs + (2 * next + here) * C * C, m12, weights, VECTOR, C)
-        _store(pairs + (3 * next + here) * C * C, m22, weights, VECTOR, C)
+        _store_own(own + (count.to(tl.int64) * H + here) * C, m12, row)
+    after = row[:, None] > row[None, :]
+    if VECTOR:  # symmetric, [n, H, C, C] or with a second reader [n, H, 2 C, 2 C]
+        WIDTH: tl.constexpr = C if y2 is None else 2 * C
+        pairs += here * (WIDTH * WIDTH)
+        store_matrix(pairs, _both_ways(m11, after), C, WIDTH)
+        if y2 is not None:
+            m21 = tl.where(after, m21, 0.0)
+            if x2 is None:
+                store_matrix(pairs + C, tl.trans(m21), C, WIDTH)
+                store_matrix(pairs + C * WIDTH, m21, C, WIDTH)
+                store_matrix(pairs + C * WIDTH + C, tl.zeros([C, C], tl.float32), C, WIDTH)
+            else:
+                mixed = m21 + tl.trans(tl.where(after, m12, 0.0))
+                store_matrix(pairs + C, tl.trans(mixed), C, WIDTH)
+                store_matrix(pairs + C * WIDTH, mixed, C, WIDTH)
+                store_matrix(pairs + C * WIDTH + C, _both_ways(m22, after), C, WIDTH)
+    else:  # decayed, [n, H, 2, C, C]: of the first reader and of the second
+        if g is None:
+            weights = tl.where(after, 1.0, 0.0)
+        else:
+            gate = tl.load(g + b * g_b + at * g_t + h * g_h + row * g_t, mask=inside, other=0.0)
+            q_high, q_low, k_high, k_low, _since, _until, _whole = cumulated(gate, False)
+            gap = (q_high[:, None] - k_high[None, :]) + (q_low[:, None] - k_low[None, :])
+            weights = tl.exp(tl.where(after, gap, float("-inf")))
+        pairs += here * (2 * C * C)
+        store_matrix(pairs, m11 * weights, C, C)
+        store_matrix(pairs + C * C, m21 * weights, C, C)

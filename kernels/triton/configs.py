@@ -40,17 +40,11 @@ class Kernel(NamedTuple):
 H200 = (9, 0)
 
 _PREPARE = Kernel(
-    default={"BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
-    candidates={"BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
-)
-# Narrower tiles of these gave wrong numbers or addresses out of bounds on an H200 with triton 3.6; why is not known.
-_PREPARE_RULE = Kernel(
     default={"BLOCK_K": 64, "num_warps": 4, "num_stages": 1},
-    candidates={"BLOCK_K": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
+    candidates={"BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
 )
 
 _GRADIENT = {"BLOCK_K": (16, 32, 64, 128), "BLOCK_V": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)}
-_GRADIENT_32 = {"BLOCK_K": 32, "BLOCK_V": 64, "num_stages": 1}
 
 # A width is any integer that a launcher passes by name; one that an entry leaves out may be anything.
 SHIPPED: dict[str, Kernel] = {
@@ -63,11 +57,17 @@ SHIPPED: dict[str, Kernel] = {
     ),
     # Chunks made ready for the pass over the states, BLOCK_K columns at a time. With 8 warps a product of 64 rows that
     # feeds another is computed twice. `gates` as below.
-    "prepare_linear": _PREPARE,
-    "prepare_delta": _PREPARE_RULE._replace(
+    "prepare_delta": _PREPARE._replace(
         entries=(Entry(H200, {"K": 128, "gates": 1}, {"BLOCK_K": 128, "num_warps": 4, "num_stages": 1}),)
     ),
-    "prepare_dplr": _PREPARE_RULE,
+    "prepare_dplr": _PREPARE,
+    # The pairs of `readers` and `writers` under a decay for every channel, before those.
+    "pair_scores": _PREPARE._replace(
+        entries=(
+            Entry(H200, {"K": 256, "readers": 1, "writers": 1}, {"BLOCK_K": 64, "num_warps": 4, "num_stages": 1}),
+            Entry(H200, {"K": 256, "readers": 2, "writers": 2}, {"BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
+        )
+    ),
     # As "carry", with up to four row tensors and two matrices a chunk; `size` is the bytes of an element of x.
     "affine": Kernel(
         default={"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
@@ -87,14 +87,9 @@ SHIPPED: dict[str, Kernel] = {
         default={"BLOCK_V": 64, "num_warps": 4, "num_stages": 1},
         candidates={"BLOCK_V": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
     ),
-    # All chunks side by side, BLOCK_K columns a program; `gates`: 0 none, 1 one a head, 2 one a channel. Tiles of 64
-    # tokens and products of 64 x 64 fill the registers: wider blocks than these spill.
-    "linear_gradient": Kernel(
-        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
-        candidates=_GRADIENT,
-        entries=(Entry(H200, {"K": 256, "V": 256, "size": 2}, _GRADIENT_32 | {"num_warps": 4}),),
-    ),
-    "delta_gradient": Kernel(
+    # All chunks side by side, BLOCK_K columns a program; `gates`: 0 none, 1 one a head. Tiles of 64 tokens and products
+    # of 64 x 64 fill the registers: wider blocks than these spill.
+    "chunk_gradient": Kernel(
         default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
         candidates=_GRADIENT,
         entries=(
@@ -108,13 +103,17 @@ SHIPPED: dict[str, Kernel] = {
                 {"K": 256, "V": 256, "size": 2, "gates": 1},
                 {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 8, "num_stages": 1},
             ),
-            Entry(H200, {"K": 256, "V": 256, "size": 2, "gates": 2}, _GRADIENT_32 | {"num_warps": 4}),
         ),
     ),
+    # The same with a decay for every channel, of one reader and writer, two and one, two and two.
+    "linear_gradient": Kernel(
+        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 1}, candidates=_GRADIENT
+    ),
+    "delta_gradient": Kernel(
+        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 8, "num_stages": 1}, candidates=_GRADIENT
+    ),
     "dplr_gradient": Kernel(
-        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 8, "num_stages": 1},
-        candidates=_GRADIENT,
-        entries=(Entry(H200, {"K": 256, "V": 256, "size": 2}, _GRADIENT_32 | {"num_warps": 8}),),
+        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 8, "num_stages": 1}, candidates=_GRADIENT
     ),
 }
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.affine import Affine
 from subquad.kernels.triton.chunk_gradient import delta_gradient
-from subquad.kernels.triton.prepare_delta import prepare_delta
-from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated
+from subquad.kernels.triton.pair_scores import Scores, new_scores
+from subquad.kernels.triton.prepare_delta import delta_scores, prepare_delta
+from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
 from subquad.kernels.triton.step import few, step
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, sum_heads
 
@@ -29,7 +30,7 @@ def form(q, k, v, beta, g, S, cu_seqlens):
         out, last = delta_rule_triton_(q, k, v, beta, g, S, cu_seqlens), S
     else:
         keep = differentiated(q, k, v, beta, g, S)
-        out, last, _, _ = delta_rule_triton(q, k, v, beta, g, accumulating(S), cu_seqlens, keep)
+        out, last = delta_rule_triton(q, k, v, beta, g, accumulating(S), cu_seqlens, keep)[:2]
     return out[:, R - 1 :: R], last
 
 
@@ -50,10 +51,11 @@ def _(q, k, v, beta, g, S, cu_seqlens):
 def delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor | None, cu_seqlens: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out [B, T, H, V], the new state, empty unless one was given; if `keep`, the writes and the chunks' states)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out [B, T, H, V], the new state, empty unless one was given; if `keep`, what the gradients need)."""
     last, kept = new_state(S, v), _kept(q, v, cu_seqlens, keep)
-    return _forward(q, k, v, beta, g, S, cu_seqlens, last, *(kept if keep else (None, None))), last, *kept
+    out, scores = _forward(q, k, v, beta, g, S, cu_seqlens, last, *(kept if keep else (None, None)))
+    return out, last, *kept, *(_present(scores) if keep and scores is not None else _nothing(v))
 
 
 @operator("delta_rule_triton_", mutates_args=("S",))
@@ -61,12 +63,16 @@ def delta_rule_triton_(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
     """The same, with the new state written into S."""
-    return _forward(q, k, v, beta, g, S, cu_seqlens, S)
+    return _forward(q, k, v, beta, g, S, cu_seqlens, S)[0]
 
 
 @delta_rule_triton.register_fake
 def _(q, k, v, beta, g, S, cu_seqlens, keep):
-    return torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v), *_kept(q, v, cu_seqlens, keep)
+    scores = _nothing(v)
+    if keep and g is not None and g.dim() == 4:
+        scores = _present(new_scores(q, k, k, None, v.shape[2], n_chunks(v, cu_seqlens), torch.float32))
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return out, new_state(S, v), *_kept(q, v, cu_seqlens, keep), *scores
 
 
 @delta_rule_triton_.register_fake
@@ -81,29 +87,43 @@ def _kept(q, v, cu_seqlens, keep):
     return torch.empty_like(v, memory_format=torch.contiguous_format), chunk_states(v, q.shape[3], cu_seqlens)
 
 
+def _present(scores):
+    return tuple(x for x in scores if x is not None)  # there is no second writer
+
+
+def _nothing(v):
+    return tuple(new_state(None, v) for _ in range(6))
+
+
 def _forward(q, k, v, beta, g, S, cu_seqlens, last, u=None, states=None):
-    P, Q, Y, W, writers, whole = prepare_delta(q, k, beta, g, cut(v, cu_seqlens, CHUNK))
+    """(out, the scores under a decay for every channel, or None)"""
+    chunks = cut(v, cu_seqlens, CHUNK)
+    scores = delta_scores(q, k, g, chunks) if g is not None and g.dim() == 4 else None
+    P, Q, Y, W, writers, whole = prepare_delta(q, k, beta, g if scores is None else scores, chunks)
     run = Affine(v, Q=Q, P=P, Y=Y, W=W, F=writers, whole=whole, cu_seqlens=cu_seqlens)
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
     run.run(run.states(S, last), out, u=u, states=states, last=last)
-    return clear_padding(out, cu_seqlens)
+    return clear_padding(out, cu_seqlens), scores
 
 
 @operator("delta_rule_triton_backward")
 def delta_rule_triton_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor | None,
-    cu_seqlens: Tensor | None, u: Tensor, states: Tensor,
+    cu_seqlens: Tensor | None, u: Tensor, states: Tensor, pairs: Tensor, q_since: Tensor, k_since: Tensor,
+    k_until: Tensor, whole: Tensor, sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, beta, g, S; empty where there is none. u, states: as forward kept them."""
+    """Gradients of q, k, v, beta, g, S; empty where there is none. From u on: as forward kept them."""
     chunks = cut(v, cu_seqlens, CHUNK)
-    Y, W, readers, writers, whole = prepare_delta(q, k, beta, g, chunks, reverse=True)
-    back = Affine(do, Y=Y, W=W, E=readers, F=writers, whole=whole, cu_seqlens=cu_seqlens, reverse=True)
+    vector = g is not None and g.dim() == 4
+    gates = Scores(pairs, q_since, k_since, k_until, None, whole, sums) if vector else g
+    Y, W, readers, writers, total = prepare_delta(q, k, beta, gates, chunks, reverse=True)
+    back = Affine(do, Y=Y, W=W, E=readers, F=writers, whole=total, cu_seqlens=cu_seqlens, reverse=True)
     e, d_states, dS0 = torch.empty_like(u), back.new_states(), new_state(S, v)
     first = None if S is None else dS0
     back.run(back.states(dS, first), u=e, states=d_states, last=first)
     del Y, W, readers, writers, back
 
-    dq, dk, dv, dbeta, dg = delta_gradient(q, k, v, beta, g, do, u, e, states, d_states, chunks)
+    dq, dk, dv, dbeta, dg = delta_gradient(q, k, v, beta, g, sums, whole, do, u, e, states, d_states, chunks)
     for x in (dq, dk, dv, dbeta, dg):
         clear_padding(x, cu_seqlens)
     G = q.shape[2]
@@ -111,7 +131,7 @@ def delta_rule_triton_backward(
 
 
 @delta_rule_triton_backward.register_fake
-def _(do, dS, q, k, v, beta, g, S, cu_seqlens, u, states):
+def _(do, dS, q, k, v, beta, g, S, cu_seqlens, *kept):
     dg, dS0 = new_state(g, v), new_state(S, v)
     same = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, beta))
     return (*same, dg, dS0)
@@ -123,10 +143,10 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, do, dS, *_):
-    q, k, v, beta, g, S, cu_seqlens, u, states = ctx.saved_tensors
+    q, k, v, beta, g, S, cu_seqlens, *kept = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dS = None if S is None else dS
-    found = delta_rule_triton_backward(do, dS, q, k, v, beta, g, S, cu_seqlens, u, states)
+    found = delta_rule_triton_backward(do, dS, q, k, v, beta, g, S, cu_seqlens, *kept)
     inputs = (q, k, v, beta, g, S)
     return (*(x if given is not None else None for x, given in zip(found, inputs, strict=True)), None, None)
 

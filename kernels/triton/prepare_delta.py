@@ -7,19 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad.kernels.triton.prepare import (
-    by_halves,
-    chunk_matrices,
-    inverse,
-    launch,
-    load_rows,
-    neighbours,
-    row_tensor,
-    store_matrix,
-    store_rows,
-    store_whole,
-    with_near,
-)
+from subquad.kernels.triton.pair_scores import Scores, pair_scores
+from subquad.kernels.triton.prepare import chunk_matrices, inverse, launch, load_matrix, row_tensor, store_matrix
 from subquad.kernels.triton.segments import Segments, segment_bounds
 from subquad.kernels.triton.tiles import cumulated, dot, load_tile, rows, store_tile
 
@@ -45,43 +34,51 @@ class DeltaChunksReversed(NamedTuple):
     whole: Tensor | None
 
 
-def prepare_delta(
-    q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, chunks: Segments, *, reverse: bool = False
-) -> DeltaChunks | DeltaChunksReversed:
-    """q, k: [B, T, heads, K], whose heads divide H; beta: [B, T, H]; g: None, [B, T, H] or [B, T, H, K], float32.
+def delta_scores(q: Tensor, k: Tensor, g: Tensor, chunks: Segments) -> Scores:
+    """What `prepare_delta` takes for a decay for every channel, g [B, T, H, K], both ways."""
+    return pair_scores(q, k, k, None, g, chunks, exclusive=(False, False))
 
-    chunks = cut(q, cu_seqlens, CHUNK). Rows that belong to no sequence stay unwritten.
+
+def prepare_delta(
+    q: Tensor, k: Tensor, beta: Tensor, g: Tensor | Scores | None, chunks: Segments, *, reverse: bool = False
+) -> DeltaChunks | DeltaChunksReversed:
+    """q, k: [B, T, heads, K], whose heads divide H; beta: [B, T, H]; g: None, a decay [B, T, H] in float32, or
+    `delta_scores` of one for every channel; chunks = cut(q, cu_seqlens, CHUNK).
+
+    Rows that belong to no sequence stay unwritten.
     """
-    q, k = rows(q), rows(k)
     H, K = beta.shape[2], q.shape[3]
-    matrix, row = (lambda: chunk_matrices(q, chunks, H)), (lambda: row_tensor(q, H, K))
-    whole = None
-    if g is not None:
-        whole = torch.empty(chunks.count, H, *g.shape[3:], dtype=torch.float32, device=q.device)
+    like, matrix, row = q, (lambda: chunk_matrices(q, chunks, H)), (lambda: row_tensor(q, H, K))
+    whole, pairs, key_until, gate, strides = None, None, None, 0, (0, 0, 0)
+    if isinstance(g, Scores):
+        q, k, key_until, whole, pairs, gate = g.r1_since, g.r2_since, g.w1_until, g.whole, g.pairs, 2
+    elif g is not None:
+        whole, gate, strides = torch.empty(chunks.count, H, dtype=torch.float32, device=q.device), 1, g.stride()
+    q, k = rows(q), rows(k)
+    # What a decay for every channel leaves as it is, its scores hold already.
     if reverse:
-        found = DeltaChunksReversed(matrix(), row(), row(), row(), whole)
+        found = DeltaChunksReversed(matrix(), row(), q if gate == 2 else row(), row(), whole)
         P, Q, Y, W, F = None, found.E, found.Y, found.W, found.F
     else:
-        found = DeltaChunks(matrix(), row(), matrix(), row(), row(), whole)
+        found = DeltaChunks(matrix(), row(), matrix(), row(), key_until if gate == 2 else row(), whole)
         P, Q, Y, W, F = found[:5]
-    gate = 0 if g is None else g.dim() - 2
-    strides = (0, 0, 0, 0) if g is None else (*g.stride(), 0)[:4]
     if chunks.count * H:
         prepare_delta_kernel[(chunks.count * H,)](
-            q, *q.stride()[:3], H // q.shape[2], k, *k.stride()[:3], H // k.shape[2], beta, *beta.stride(), g, *strides,
-            P, Q, Y, W, F, whole,
+            q, *q.stride()[:3], H // q.shape[2], k, *k.stride()[:3], H // k.shape[2], beta, *beta.stride(),
+            g if gate == 1 else None, *strides, pairs, key_until, P, Q, Y, W, F, whole,
             chunks.table, q.shape[1], chunks.size, chunks.per_sequence, chunks.packed, H,
-            GATE=gate, REVERSE=reverse, **launch("prepare_delta", q, K, gates=gate),
+            GATE=gate, REVERSE=reverse, **launch("prepare_delta", like, K, gates=gate),
         )  # fmt: skip
     return found
 
 
 @triton.jit(do_not_specialize=["T", "segment", "per_sequence", "packed"])
 def prepare_delta_kernel(
-    q, q_b, q_t, q_h, q_share, k, k_b, k_t, k_h, k_share, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h, g_k,
+    q, q_b, q_t, q_h, q_share, k, k_b, k_t, k_h, k_share, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
+    pairs, key_until,  # of a decay for every channel, which q and k have in them then
     P, Q, Y, W, F, whole,  # reversed: Q stands for E, P for nothing
     table, T, segment, per_sequence, packed, H,
-    K: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, GATE: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
     REVERSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) // H
@@ -92,7 +89,7 @@ def prepare_delta_kernel(
     row = tl.arange(0, C)
     q += b * q_b + first * q_t + (h // q_share) * q_h
     k += b * k_b + first * k_t + (h // k_share) * k_h
-    if GATE != 0:
+    if GATE == 1:
         g += b * g_b + first * g_t + h * g_h
     out = ((b * T + first) * H + h) * K
     line = H * K
@@ -104,38 +101,19 @@ def prepare_delta_kernel(
         high, low, _, _, since, until, total = cumulated(gate, False)
         tl.store(whole + here, tl.exp(total))
 
-    # The scores of all pairs; and what both directions need of the decayed rows, of which a vector decay leaves some
-    # where their products will stand, to be read again.
-    P0 = tl.zeros([C, C], tl.float32)
-    A = tl.zeros([C, C], tl.float32)
+    # The scores of all pairs, and what both directions need of the decayed rows.
     if GATE == 2:
-        own = tl.zeros([C], tl.float32)
-        near = tl.zeros([C], tl.float32)
-        near_key = tl.zeros([C], tl.float32)
-        for c in range(0, K, BLOCK_K):
-            reader = load_rows(q, q_t, 1, count, c, K, C, BLOCK_K, WARPS)
-            key = load_rows(k, k_t, 1, count, c, K, C, BLOCK_K, WARPS)
-            decay = tl.exp(load_rows(g, g_t, g_k, count, c, K, C, BLOCK_K, WARPS))
-            own += tl.sum(reader * key, 1)
-            reader *= decay
-            late = key * decay
-            near += neighbours(reader, key)
-            near_key += neighbours(late, key)
-            P0, _s12, A, _s22, reader, late, key, _w2, total = by_halves(
-                reader, late, key, key, decay, P0, P0, A, A, row, C, 2, 1, DOT, PRECISION
-            )
-            store_whole(whole + here * K, c, K, total)
-            store_rows(Q + out, line, count, c, K, reader, C, BLOCK_K, WARPS)
-            if REVERSE:
-                store_rows(W + out, line, count, c, K, key, C, BLOCK_K, WARPS)
-                store_rows(F + out, line, count, c, K, -strength[:, None] * late, C, BLOCK_K, WARPS)
-            else:
-                store_rows(W + out, line, count, c, K, late, C, BLOCK_K, WARPS)
-                store_rows(F + out, line, count, c, K, key, C, BLOCK_K, WARPS)
-        P0 = with_near(P0, own, near, row)
-        A = with_near(A, None, near_key, row)
-        tl.debug_barrier()
+        pairs += here * (2 * C * C)
+        P0 = load_matrix(pairs, C, C)
+        A = load_matrix(pairs + C * C, C, C)
+        if REVERSE:
+            for c in tl.static_range(0, K, BLOCK_K):
+                col = c + tl.arange(0, BLOCK_K)
+                late = load_tile(k, k_t, row, col, row < count, K).to(tl.float32)
+                store_tile(F + out, line, row, col, row < count, late * -strength[:, None], K)
     else:
+        P0 = tl.zeros([C, C], tl.float32)
+        A = tl.zeros([C, C], tl.float32)
         for c in tl.static_range(0, K, BLOCK_K):
             col = c + tl.arange(0, BLOCK_K)
             reader = load_tile(q, q_t, row, col, row < count, K)
@@ -166,22 +144,22 @@ def prepare_delta_kernel(
     solved = inverse(A * strength[:, None], row, PRECISION)
     through = dot(P0, solved, DOT, PRECISION)
     if REVERSE:
-        store_matrix(Y + here * C * C, tl.trans(through), C)
+        store_matrix(Y + here * C * C, tl.trans(through), C, C)
         if GATE == 1:
             solved *= until[:, None]
         solved = tl.trans(solved).to(DOT)
         for c in tl.static_range(0, K, BLOCK_K):
             col = c + tl.arange(0, BLOCK_K)
             if GATE == 2:
-                key = load_tile(W + out, line, row, col, row < count, K)
+                key = load_tile(key_until + out, line, row, col, row < count, K)
             elif K > BLOCK_K:
                 key = load_tile(k, k_t, row, col, row < count, K)
             store_tile(W + out, line, row, col, row < count, dot(solved, key, DOT, PRECISION), K)
     else:
         through *= strength[None, :]
         solved *= -strength[None, :]
-        store_matrix(P + here * C * C, through, C)
-        store_matrix(Y + here * C * C, -solved, C)
+        store_matrix(P + here * C * C, through, C, C)
+        store_matrix(Y + here * C * C, -solved, C, C)
         if GATE == 1:
             through *= since[None, :]
             solved *= since[None, :]
@@ -189,10 +167,7 @@ def prepare_delta_kernel(
         solved = solved.to(DOT)
         for c in tl.static_range(0, K, BLOCK_K):
             col = c + tl.arange(0, BLOCK_K)
-            if GATE == 2:
-                key = load_tile(W + out, line, row, col, row < count, K)
-                reader = load_tile(Q + out, line, row, col, row < count, K)
-            elif K > BLOCK_K:
+            if GATE == 2 or K > BLOCK_K:
                 key = load_tile(k, k_t, row, col, row < count, K)
                 reader = load_tile(q, q_t, row, col, row < count, K)
             straight = reader.to(tl.float32)

@@ -76,11 +76,18 @@ def cut(like: Tensor, cu_seqlens: Tensor | None, size: int) -> Segments:
     return Segments(count, size, n_seqs, 1, 1, table, first.to(torch.int32), table[:0].view(torch.float32))
 
 
+def n_chunks(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many chunks `cut` makes of x [B, T, ...]."""
+    B, T = x.shape[:2]
+    return B * max(-(-T // CHUNK), 1) if cu_seqlens is None else T // CHUNK + cu_seqlens.numel() - 1
+
+
 def chunk_states(x: Tensor, K: int, cu_seqlens: Tensor | None) -> Tensor:
     """Room for the states [chunks, H, K, V] before each chunk of x [B, T, H, V]: bfloat16 if x is, else float32."""
-    B, T, H, V = x.shape
-    count = B * max(-(-T // CHUNK), 1) if cu_seqlens is None else T // CHUNK + cu_seqlens.numel() - 1
-    return x.new_empty(count, H, K, V, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
+    H, V = x.shape[2:]
+    return x.new_empty(
+        n_chunks(x, cu_seqlens), H, K, V, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    )
 
 
 def differentiated(*tensors: Tensor | None) -> bool:

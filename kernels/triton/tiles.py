@@ -7,6 +7,8 @@ from torch import Tensor
 
 from subquad.kernels.backend import INTERPRETED
 
+EMULATED = tl.constexpr(INTERPRETED)  # kernels see no other globals
+
 
 def precision(dtype: torch.dtype) -> dict[str, object]:
     """The constexpr pair (DOT, PRECISION): what products take their operands in; they always accumulate in float32.
@@ -26,6 +28,15 @@ def precision(dtype: torch.dtype) -> dict[str, object]:
 def padded(width: int) -> int:
     """The tile that holds `width` columns: a power of two, and no less than a matrix product takes."""
     return max(16, triton.next_power_of_2(width))
+
+
+def columns(width: int, dtype: torch.dtype, most: int | None = None) -> int:
+    """The columns of a tile of operands: enough for `width`, or `most` at a time, and 128 bytes at least.
+
+    On Hopper triton 3.6 lets products of narrower ones read past their shared memory, as compute-sanitizer finds.
+    """
+    least = 16 if INTERPRETED else 64 if dtype == torch.bfloat16 else 32
+    return max(least, padded(width) if most is None else min(padded(width), most))
 
 
 def rows(x: Tensor) -> Tensor:
@@ -58,6 +69,14 @@ def accumulating(state: Tensor | None) -> Tensor | None:
 @triton.jit
 def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
+
+
+@triton.jit
+def exp2(x):
+    """2^x in one instruction, zero below 2^-126: exact there takes three more."""
+    if EMULATED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

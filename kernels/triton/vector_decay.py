@@ -6,8 +6,8 @@ from torch import Tensor
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.affine import Affine
 from subquad.kernels.triton.chunk_gradient import linear_gradient
-from subquad.kernels.triton.prepare_linear import prepare_linear
-from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated
+from subquad.kernels.triton.prepare_linear import new_linear_chunks, prepare_linear
+from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, sum_heads
 
 
@@ -22,39 +22,32 @@ def vector_decay(q, k, v, g, S, exclusive, bonus, cu_seqlens):
 
 @operator("vector_decay_triton")
 def vector_decay_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    S: Tensor | None,
-    bonus: Tensor | None,
-    cu_seqlens: Tensor | None,
-    exclusive: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out [B, T, H, V], the new state, empty unless one was given; if `keep`, the states before each chunk)."""
-    last, states = new_state(S, v), _kept(q, v, cu_seqlens, keep)
-    return _forward(q, k, v, g, S, bonus, cu_seqlens, exclusive, last, states if keep else None), last, states
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor | None, bonus: Tensor | None, cu_seqlens: Tensor | None,
+    exclusive: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out [B, T, H, V], the new state, empty unless one was given; if `keep`, the states before each chunk and what
+    `prepare_linear` found)."""
+    last, states = new_state(S, v), chunk_states(v, q.shape[3], cu_seqlens) if keep else None
+    out, prepared = _forward(q, k, v, g, S, bonus, cu_seqlens, exclusive, last, states)
+    return out, last, *((states, *prepared) if keep else _nothing(v))
 
 
 @operator("vector_decay_triton_", mutates_args=("S",))
 def vector_decay_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    S: Tensor,
-    bonus: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor, bonus: Tensor | None, cu_seqlens: Tensor | None,
     exclusive: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The same, with the new state written into S."""
-    return _forward(q, k, v, g, S, bonus, cu_seqlens, exclusive, S)
+    return _forward(q, k, v, g, S, bonus, cu_seqlens, exclusive, S)[0]
 
 
 @vector_decay_chunked.register_fake
 def _(q, k, v, g, S, bonus, cu_seqlens, exclusive, keep):
-    return torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v), _kept(q, v, cu_seqlens, keep)
+    out, last = torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v)
+    if not keep:
+        return out, last, *_nothing(v)
+    prepared = new_linear_chunks(q, k, v.shape[2], n_chunks(v, cu_seqlens))
+    return out, last, chunk_states(v, q.shape[3], cu_seqlens), *prepared
 
 
 @vector_decay_.register_fake
@@ -62,37 +55,36 @@ def _(q, k, v, g, S, bonus, cu_seqlens, exclusive):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-def _kept(q, v, cu_seqlens, keep):
-    """Room for the states before each chunk, which the gradients need."""
-    return chunk_states(v, q.shape[3], cu_seqlens) if keep else new_state(None, v)
+def _nothing(v):
+    return tuple(new_state(None, v) for _ in range(6))
 
 
 def _forward(q, k, v, g, S, bonus, cu_seqlens, exclusive, last, states=None):
-    P, readers, writers, whole = prepare_linear(q, k, g, cut(v, cu_seqlens, CHUNK), exclusive=exclusive, bonus=bonus)
-    run = Affine(v, Q=readers, P=P, E=writers, whole=whole, cu_seqlens=cu_seqlens)
+    prepared = prepare_linear(q, k, g, cut(v, cu_seqlens, CHUNK), exclusive=exclusive, bonus=bonus)
+    run = Affine(v, Q=prepared.q_s, P=prepared.P, E=prepared.k_e, whole=prepared.whole, cu_seqlens=cu_seqlens)
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
     run.run(run.states(S, last), out, states=states, last=last)
-    return clear_padding(out, cu_seqlens)
+    return clear_padding(out, cu_seqlens), prepared
 
 
 @operator("vector_decay_triton_backward")
 def vector_decay_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor | None, bonus: Tensor | None,
-    cu_seqlens: Tensor | None, exclusive: bool, states: Tensor,
+    cu_seqlens: Tensor | None, exclusive: bool, states: Tensor, P: Tensor, q_s: Tensor, k_e: Tensor, whole: Tensor,
+    sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, g, S, bonus; empty where there is none. states: as forward kept them."""
+    """Gradients of q, k, v, g, S, bonus; empty where there is none. From `states` on: as forward kept them."""
     chunks = cut(v, cu_seqlens, CHUNK)
-    P, readers, writers, whole = prepare_linear(q, k, g, chunks, exclusive=exclusive, bonus=bonus)
     back = Affine(
-        do, Q=writers, P=P, E=readers, whole=whole, cu_seqlens=cu_seqlens, reverse=True, P_transposed=True
+        do, Q=k_e, P=P, E=q_s, whole=whole, cu_seqlens=cu_seqlens, reverse=True, P_transposed=True
     )  # fmt: skip
     dv, d_states, dS0 = torch.empty_like(v), back.new_states(), new_state(S, v)
     first = None if S is None else dS0
     back.run(back.states(dS, first), dv, states=d_states, last=first)
-    del P, readers, writers, back
+    del back
 
     dq, dk, dg, dbonus = linear_gradient(
-        q, k, v, g, do, states, d_states, chunks, exclusive=exclusive, bonus=bonus
+        q, k, v, g, sums, whole, do, states, d_states, chunks, exclusive=exclusive, bonus=bonus
     )  # fmt: skip
     for x in (dq, dk, dv, dg):
         clear_padding(x, cu_seqlens)
@@ -101,7 +93,7 @@ def vector_decay_backward(
 
 
 @vector_decay_backward.register_fake
-def _(do, dS, q, k, v, g, S, bonus, cu_seqlens, exclusive, states):
+def _(do, dS, q, k, v, g, S, bonus, cu_seqlens, exclusive, *kept):
     same = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g))
     return (*same, new_state(S, v), new_state(bonus, v))
 
@@ -109,14 +101,14 @@ def _(do, dS, q, k, v, g, S, bonus, cu_seqlens, exclusive, states):
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     *tensors, ctx.exclusive, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, *output[2:])
 
 
-def _backward(ctx, do, dS, _):
-    q, k, v, g, S, bonus, cu_seqlens, states = ctx.saved_tensors
+def _backward(ctx, do, dS, *_):
+    q, k, v, g, S, bonus, cu_seqlens, *kept = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dS = None if S is None else dS
-    found = vector_decay_backward(do, dS, q, k, v, g, S, bonus, cu_seqlens, ctx.exclusive, states)
+    found = vector_decay_backward(do, dS, q, k, v, g, S, bonus, cu_seqlens, ctx.exclusive, *kept)
     dq, dk, dv, dg, dS0, dbonus = found
     return dq, dk, dv, dg, None if S is None else dS0, None if bonus is None else dbonus, None, None, None
 

@@ -7,6 +7,7 @@ import torch
 
 from subquad.kernels.triton.chunk_gradient import delta_gradient, dplr_gradient, linear_gradient
 from subquad.kernels.triton.configs import forced
+from subquad.kernels.triton.fixed_point import cumulate
 from subquad.kernels.triton.segments import CHUNK, cut
 
 pytestmark = pytest.mark.unchecked
@@ -149,35 +150,46 @@ class Problem:
         assert all(error < bar for error in errors.values()), errors
 
 
+def gates_of(p):
+    """What the gradients take of a decay for every channel."""
+    g = p.x.get("g")
+    if g is None or g.dim() == 3:
+        return None, None
+    sums = torch.empty(p.chunks.count, g.shape[2], CHUNK, g.shape[3], dtype=torch.int32, device=DEVICE)
+    whole = torch.empty(p.chunks.count, *g.shape[2:], device=DEVICE)
+    cumulate(g, p.chunks, sums, whole)
+    return sums, whole
+
+
 def linear(exclusive=False, **options):
     p = Problem(lambda S, x: linear_step(S, x, exclusive), ["q", "k"], **options)
     x = p.x
     return p, linear_gradient(
-        x["q"], x["k"], x["v"], x.get("g"), p.do, p.S, p.dS, p.chunks, exclusive=exclusive, bonus=x.get("bonus")
-    )
+        x["q"], x["k"], x["v"], x["g"], *gates_of(p), p.do, p.S, p.dS, p.chunks, exclusive=exclusive,
+        bonus=x.get("bonus"),
+    )  # fmt: skip
 
 
 def delta(**options):
     p = Problem(delta_step, ["q", "k"], **options)
     x = p.x
     return p, delta_gradient(
-        x["q"], x["k"], x["v"], x["beta"], x.get("g"), p.do, p.u, p.e, p.S, p.dS, p.chunks
+        x["q"], x["k"], x["v"], x["beta"], x.get("g"), *gates_of(p), p.do, p.u, p.e, p.S, p.dS, p.chunks
     )  # fmt: skip
 
 
-def dplr(**options):
+def dplr(single=False, **options):
     p = Problem(dplr_step, ["q", "k", "a", "b"], **options)
     x = p.x
     return p, dplr_gradient(
-        *(x[name] for name in "qkvab"), x.get("g"), p.do, p.u, p.e, p.S, p.dS, p.chunks
+        *(x[name] for name in "qkvab"), x["g"], *gates_of(p), p.do, p.u, p.e, p.S, p.dS, p.chunks, single=single,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("exclusive", [False, True])
-def test_linear(gates, exclusive, dtype):
-    p, found = linear(gates=gates, exclusive=exclusive, bonus=exclusive, dtype=dtype)
+def test_linear(exclusive, dtype):
+    p, found = linear(gates="vector", exclusive=exclusive, bonus=exclusive, dtype=dtype)
     assert found.dq.dtype == found.dk.dtype == dtype
     p.check(found)
 
@@ -191,9 +203,9 @@ def test_delta(gates, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gates", [None, "vector"])
-def test_dplr(gates, dtype):
-    p, found = dplr(gates=gates, dtype=dtype)
+@pytest.mark.parametrize("single", [False, True])
+def test_dplr(single, dtype):
+    p, found = dplr(gates="vector", single=single, dtype=dtype)
     assert {x.dtype for x in (found.dq, found.dk, found.da, found.db)} == {dtype}
     p.check(found)
 
@@ -214,7 +226,7 @@ def all_forgotten(*shape):
 @pytest.mark.parametrize("rule", RULES, ids=NAMES)
 @pytest.mark.parametrize("make_gates", [mixed, torch.zeros, all_forgotten])
 def test_extreme_gates(rule, make_gates):
-    for gates in ["vector"] if rule is dplr else ["scalar", "vector"]:
+    for gates in ["scalar", "vector"] if rule is delta else ["vector"]:
         p, found = rule(B=1, T=70, H=1, gates=gates, make_gates=make_gates)
         if make_gates is all_forgotten:
             assert float(found.dg.abs().max()) < 1e-5, "it is zero, and has no relative error"
@@ -236,11 +248,12 @@ def test_no_tokens():
 
     q, v, S = none(16), none(8), torch.randn(2, 3, 16, 8, device=DEVICE)
     chunks = cut(v, None, CHUNK)
-    found = delta_gradient(q, q, v, none(), none(16), v, v, v, S, S, chunks)
+    sums, whole = torch.zeros(2, 3, CHUNK, 16, dtype=torch.int32, device=DEVICE), torch.ones(2, 3, 16, device=DEVICE)
+    found = delta_gradient(q, q, v, none(), none(16), sums, whole, v, v, v, S, S, chunks)
     assert found.dq.shape == found.dg.shape == q.shape
     assert (found.dv.shape, found.dbeta.shape) == (v.shape, none().shape)
     bonus = torch.ones(3, 16, device=DEVICE)
-    found = linear_gradient(q, q, v, none(16), v, S, S, chunks, exclusive=True, bonus=bonus)
+    found = linear_gradient(q, q, v, none(16), sums, whole, v, S, S, chunks, exclusive=True, bonus=bonus)
     assert torch.equal(found.dbonus, torch.zeros_like(bonus))
 
 
@@ -268,8 +281,10 @@ def test_packed(rule):
 @pytest.mark.parametrize("rule", RULES, ids=NAMES)
 def test_blocks_of_both_widths(rule):
     """Odd widths over several blocks of either."""
-    kernel = {delta: "delta_gradient", dplr: "dplr_gradient"}.get(rule, "linear_gradient")
-    for gates in ("vector",) if rule is dplr else ("scalar", "vector"):
+    kernels = {"vector": {delta: "delta_gradient", dplr: "dplr_gradient"}.get(rule, "linear_gradient")}
+    if rule is delta:
+        kernels["scalar"] = "chunk_gradient"
+    for gates, kernel in kernels.items():
         with forced(kernel, {"BLOCK_K": 16, "BLOCK_V": 16, "num_warps": 4, "num_stages": 1}):
             p, found = rule(B=1, T=70, H=1, K=37, V=19, gates=gates)
         p.check(found)

@@ -1,0 +1,101 @@
+"""Log decays of every channel, cumulated within chunks in fixed point, so that their differences are exact.
+
+A token's decay since another one is the exponential of a difference of sums. In float32 such a difference loses what
+the sums are large by: over gates that mix -0.01 and -1e4 it is off by 4e-4. So the sums are integers here, in units of
+2^-20 powers of two, and the exponential of a difference is right to 7e-7. A gate below -31 powers of two counts as -31,
+a decay of 5e-10, so that the sum over a chunk fits 32 bits.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
+from subquad.kernels.triton.tiles import exp2, padded
+
+UNIT = tl.constexpr(2.0**-20)
+LOWEST = tl.constexpr(-31.0)
+assert CHUNK * 31 * 2**20 < 2**31
+
+
+@triton.jit(do_not_specialize=["T", "per_sequence", "packed"])
+def _cumulate(
+    g, g_b, g_t, g_h, g_k, sums, whole, table, T, per_sequence, packed, H,
+    K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    N_BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    col = (program % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    here = (program // N_BLOCKS).to(tl.int64)
+    b, start, end, _ = segment_bounds(table, program // (N_BLOCKS * H), T, C, per_sequence, packed)
+    at = g + b * g_b + start.to(tl.int64) * g_t + ((program // N_BLOCKS) % H) * g_h + col * g_k
+    to = sums + here * (C * K) + col
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, C, ROWS):
+        gates = ()
+        for i in tl.static_range(ROWS):  # all loads before the sums that wait for them
+            inside = first + i < end - start
+            gates += (tl.load(at + (first + i) * g_t, mask=tl.where(inside, col < K, False), other=0.0),)
+        for i in tl.static_range(ROWS):
+            gate = gates[i].to(tl.float64) * 1.4426950408889634
+            total += tl.where(gate < LOWEST, LOWEST, gate)  # and NaN stays
+            units = (total / UNIT - 0.5).to(tl.int32)  # the nearest: no sum is above zero
+            tl.store(to + (first + i) * K, units, mask=col < K)
+    tl.store(whole + here * K + col, tl.exp2(total.to(tl.float32)), mask=col < K)
+
+
+def cumulate(g: Tensor, chunks: Segments, sums: Tensor, whole: Tensor) -> None:
+    """Of g [B, T, H, K], any strides: its sums since each chunk's start into `sums`, int32 [n, H, CHUNK, K], and the
+    chunks' whole decays into `whole`, float32 [n, H, K]. Rows past a chunk's end get its whole sum."""
+    H, K = g.shape[2:]
+    block = min(padded(K), 128)
+    if sums.numel():
+        _cumulate[(chunks.count * H * triton.cdiv(K, block),)](
+            g, *g.stride(), sums, whole, chunks.table, g.shape[1], chunks.per_sequence, chunks.packed, H,
+            K=K, C=CHUNK, BLOCK=block, ROWS=16, num_warps=max(1, block // 32),
+        )  # fmt: skip
+
+
+@triton.jit
+def load_sums(sums, row, col, K: tl.constexpr):
+    """[rows, columns], zero before row 0."""
+    mask = (row >= 0)[:, None] & (col < K)[None, :]
+    return tl.load(sums + row[:, None] * K + col[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def decay_between(one, other):
+    """The decay between tokens with these sums, whichever is later."""
+    return exp2(-tl.abs((one - other).to(tl.float32)) * UNIT)
+
+
+@triton.jit
+def boundary(row, level):
+    """The last token of the first of the two blocks of 2^level tokens between which `row` is: they meet there."""
+    return (((row >> level) | 1) << level) - 1
+
+
+@triton.jit
+def load_stacked(one, one_t, two, two_t, row, upper, inside, col, WIDTH: tl.constexpr):
+    """Rows of two matrices, of the second (zero where there is none) where `upper`; zero where not inside.
+
+    Two loads of which a mask leaves one: choosing between addresses would load element by element.
+    """
+    column = (col < WIDTH)[None, :]
+    at = row[:, None] * one_t + col[None, :]
+    x = tl.load(one + at, mask=(inside & (upper == 0))[:, None] & column, other=0.0)
+    if two is not None:
+        at = row[:, None] * two_t + col[None, :]
+        x = tl.where(upper[:, None], tl.load(two + at, mask=(inside & upper)[:, None] & column, other=0.0), x)
+    return x
+
+
+@triton.jit
+def store_stacked(one, two, stride, row, upper, inside, col, value, WIDTH: tl.constexpr):
+    """The reverse, of two contiguous matrices, with rows `stride` apart."""
+    column = (col < WIDTH)[None, :]
+    at = row[:, None] * stride + col[None, :]
+    value = value.to(one.dtype.element_ty)
+    tl.store(one + at, value, mask=(inside & (upper == 0))[:, None] & column)
+    if two is not None:
+        tl.store(two + at, value, mask=(inside & upper)[:, None] & column)
