@@ -3,9 +3,9 @@
 The measurements are those shipped for --device, or files of `subquad compare complexity` and `subquad compare decode`
 given with --from. Of a layer the costs are those of --blocks such layers in a stack, nothing else of a model; of a
 configuration those of the model that was measured. Times between measured lengths are read off the line between their
-logarithms; beyond them (marked ~) they follow the power of the length that the longest three do, which is still too
-low where that power was rising; a decoded token takes as long as at the longest, and more along a line where the state
-grows. Another batch than the measured one is taken to cost in proportion, which for decoding is an upper bound.
+logarithms; beyond them (marked ~) they follow the fitted power of the length, at least 1, which is too low where it was
+still rising; a decoded token takes as long as those measured, or longer along a line where the state grows. Another
+batch than the measured one is taken to cost in proportion, which for decoding is an upper bound.
 
 Memory: weights and state are counted for just this length; what else is held at the peak is measured and predicted as
 times are. Training holds weights, their gradients, two moments of Adam in float32, and every layer's peak at once, so
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = choices(measured, kind, given.phase, given.length, given.batch, given.blocks)
             if found:
                 ranked = sorted(found, key=lambda choice: rank(choice, given.phase, memory))
-                console.print(_table(ranked, measured, name, kind, given, memory))
+                console.print(_table(ranked, measured, name, kind, given, memory, console.width))
                 everything += [row(choice, measured, given, memory) for choice in ranked]
     if not everything:
         raise UserError(f"there is no measurement of {given.phase} of a layer or a model in {', '.join(names)}")
@@ -214,7 +214,10 @@ def row(choice: Choice, measured: Measurements, given: Any, memory: int) -> dict
     return found | {"state bytes": choice.state, "weight bytes": choice.weights or None, "measured": measured.created}
 
 
-def _table(ranked: Sequence[Choice], measured: Measurements, name: str, kind: Kind, given: Any, memory: int) -> Table:
+def _table(
+    ranked: Sequence[Choice], measured: Measurements, name: str, kind: Kind, given: Any, memory: int, width: int
+) -> Table:
+    """Where there is no room for all columns those of the phase that was asked for."""
     settings, versions = measured.settings, measured.versions
     what = "Models" if kind == "model" else f"Stacks of {given.blocks} layers of width {settings['d_model']}"
     title = (
@@ -226,7 +229,9 @@ def _table(ranked: Sequence[Choice], measured: Measurements, name: str, kind: Ki
     longest = max(len(choice.subject) for choice in ranked)
     table.add_column(kind, overflow="fold", min_width=min(longest, 16), max_width=22)
     timed = [phase for phase in PHASES if any(phase in choice.times for choice in ranked)]
-    held = [phase for phase in PHASES if phase in timed and (phase != "prefill" or given.phase == phase)]
+    held = [phase for phase in timed if phase in ("train", "decode", given.phase)]
+    if width < 100 + 9 * (len(held) > 2):
+        timed = held = [given.phase]
     for heading in (*timed, *(f"memory,\n{phase}" for phase in held), "state"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("why", overflow="fold", ratio=1)

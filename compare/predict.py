@@ -30,9 +30,9 @@ class Prediction(NamedTuple):
 def predict(points: Sequence[Point], quantity: Literal["ms", "peak_bytes"], tokens: int) -> Prediction | None:
     """The figure at `tokens` from one subject's points in one phase; None where too few lengths have one.
 
-    Between two lengths on the straight line between their logarithms; beyond them from the nearest one, as the power
-    of the length, but not less than its power 0, that `subquad.compare.fits` finds, or for lengths below them all that
-    of the three shortest.
+    Between two lengths on the straight line between their logarithms; past them from the longest one as the power of
+    the length that `subquad.compare.fits` finds, of at least 1 where all tokens are read; below them as that of the
+    three shortest, of at least 0.
     """
     known = [(p.tokens, float(y)) for p in points if (y := getattr(p, quantity))]
     if (within := interpolate(known, tokens)) is not None or len(known) < FEWEST:
@@ -41,11 +41,12 @@ def predict(points: Sequence[Point], quantity: Literal["ms", "peak_bytes"], toke
         (origin, figure), fitted = known[-1], fit(points, quantity)
         assert fitted is not None
         powers = fitted.exponent, fitted.low, fitted.high
+        least = 0.0 if points[0].phase == "decode" else 1.0
     else:
-        (origin, figure), near = known[0], known[:FEWEST]
+        (origin, figure), near, least = known[0], known[:FEWEST], 0.0
         powers = exponent_of([log(n) for n, _ in near], [log(y) for _, y in near])
-    value, *ends = (figure * (tokens / origin) ** max(power, 0.0) for power in powers)
-    return Prediction(value, min(ends), max(ends), f"extrapolated from {origin:,} as T^{max(powers[0], 0.0):.2f}")
+    value, *ends = (figure * (tokens / origin) ** max(power, least) for power in powers)
+    return Prediction(value, min(ends), max(ends), f"extrapolated from {origin:,} as T^{max(powers[0], least):.2f}")
 
 
 def predict_step(points: Sequence[Point], tokens: int, *, grows: bool) -> Prediction | None:

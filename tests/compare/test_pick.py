@@ -38,9 +38,11 @@ def test_times_between_and_beyond_the_measured_lengths():
     assert (far.how, far.extrapolated) == ("extrapolated from 8,000 as T^2.00", True)
     assert predict(square, "ms", 500).value == pytest.approx(0.25)
     assert predict(square, "peak_bytes", 16000).value == pytest.approx(160_000)
-    noisy = predict(points({1000: 1.0, 2000: 2.2, 4000: 4.0}), "ms", 8000)
+    noisy = predict(points({1000: 1.0, 2000: 3.2, 4000: 8.0}), "ms", 8000)
     assert noisy.low < noisy.value < noisy.high
-    assert predict(points({1000: 9.0, 2000: 8.0, 4000: 7.0}), "ms", 8000).value == 7.0
+    falling = {1000: 9.0, 2000: 8.0, 4000: 7.0}
+    assert predict(points(falling), "ms", 8000)[::3] == (14.0, "extrapolated from 4,000 as T^1.00")
+    assert predict(points(falling, "decode"), "ms", 8000).value == 7.0
     assert predict(points({1000: 1.0, 2000: 2.0}), "ms", 4000) is None
     assert predict([], "ms", 4000) is None
 
