@@ -64,7 +64,6 @@ def _report_gpu(
     console.print(table)
     for line in gpu_check.keep_list(outcomes, reasons, name, triton_version()):
         console.print(line, soft_wrap=True, markup=False)
-    gpu_check.keep_checked(outcomes, reasons, name, triton_version())
     console.print(gpu_check.speeds([op for op in fused if op not in reasons], gpu))
     return lines
 

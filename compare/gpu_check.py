@@ -17,14 +17,13 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from subquad import __version__
 from subquad.compare.kernel_cases import CASES, Sizes
 from subquad.compare.kernel_timing import copy_rate, floor, measure, trainable
 from subquad.compare.kernel_tune import TOLERANCE, errors
 from subquad.infer.output import write_atomically
 from subquad.kernels import blocked
 from subquad.kernels.backend import backend
-from subquad.kernels.blocked import Blocked, Checked
+from subquad.kernels.blocked import Blocked
 from subquad.kernels.examples import differences, examples, run_in_place
 from subquad.kernels.triton import configs
 
@@ -201,19 +200,6 @@ def keep_list(outcomes: Sequence[Outcome], reasons: dict[str, str], gpu: str, tr
     if reasons:
         said.append(f"Blocked on {gpu} with triton {triton}: {', '.join(reasons)}; torch forms run instead ({path}).")
     return said
-
-
-def keep_checked(outcomes: Sequence[Outcome], reasons: dict[str, str], gpu: str, triton: str) -> None:
-    """Write down what is right on this GPU, so that provisional forms run."""
-    unknown = {outcome.check.op for outcome in outcomes if outcome.unknown}
-    ops = {outcome.check.op for outcome in outcomes}
-    others = [e for e in blocked.read_checked() if e.op not in ops or (e.gpu, e.triton) != (gpu, triton)]
-    now = others + [Checked(op, gpu, triton, __version__) for op in sorted(ops - unknown - set(reasons))]
-    path = blocked.checked_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([entry._asdict() for entry in now], indent=1) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"), overwrite=True)
-    blocked.forget()
 
 
 def speeds(ops: Iterable[str], device: str) -> Table:

@@ -71,17 +71,14 @@ def pick(
     forms: Mapping[str, Callable[..., Any]],
     like: Tensor,
     unfit: str | None = None,
-    *,
-    provisional: bool = False,
 ) -> Callable[..., Any]:
     """The form of `op` to run on `like`'s device.
 
     `unfit` says why the Triton form cannot take these inputs, if so. Then, and where `subquad doctor` has blocked it, a
     GPU runs the torch form, with one warning. An op without a Triton form, and float64, which the kernels do not
-    compute in, take the torch form by rule. A `provisional` Triton form runs by itself only where doctor has found it
-    right, or where it is forced.
+    compute in, take the torch form by rule.
     """
-    form = _choose(op, forms, like, unfit, provisional)
+    form = _choose(op, forms, like, unfit)
     return form if _calls is None else _recorded(op, forms, form)
 
 
@@ -114,9 +111,7 @@ def _recorded(op: str, forms: Mapping[str, Callable[..., Any]], form: Callable[.
     return call
 
 
-def _choose(
-    op: str, forms: Mapping[str, Callable[..., Any]], like: Tensor, unfit: str | None, provisional: bool
-) -> Callable[..., Any]:
+def _choose(op: str, forms: Mapping[str, Callable[..., Any]], like: Tensor, unfit: str | None) -> Callable[..., Any]:
     name, device = current_backend(like.device.type), like.device
     if name == "triton" and not _forced and ("triton" not in forms or like.dtype == torch.float64):
         name = "torch"
@@ -131,8 +126,7 @@ def _choose(
     if unfit or like.dtype == torch.float64:
         refusal = f"does not take {unfit or 'float64'}"
     else:
-        unproven = provisional and not _forced
-        refusal = blocked.refusal(op, device.index, unproven) if device.type == "cuda" else None
+        refusal = blocked.refusal(op, device.index) if device.type == "cuda" else None
     if refusal is None:
         return forms["triton"]
     if _forced:

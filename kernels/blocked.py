@@ -3,9 +3,6 @@
 Triton 3.4 to 3.7.0 miscompiles some gated backward kernels on Hopper GPUs; a form that a GPU gets wrong runs there as
 its torch form until doctor finds it right, after an update of triton or of subquad. The list is a JSON file in the
 user's cache folder, read once a process.
-
-Beside it stands the list of what doctor found right: a provisional form, one that no release was tested with on a GPU,
-runs where it is on that list.
 """
 
 import json
@@ -17,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-from subquad import __version__
 from subquad.errors import UserError
 from subquad.folders import cache_folder
 
@@ -30,15 +26,6 @@ class Blocked(NamedTuple):
     triton: str
     reason: str
     date: str
-
-
-class Checked(NamedTuple):
-    """An op whose Triton form this GPU gets right with this version of triton and of subquad."""
-
-    op: str
-    gpu: str
-    triton: str
-    subquad: str
 
 
 _ignored = False
@@ -62,29 +49,15 @@ def read() -> list[Blocked]:
         ) from error
 
 
-def checked_path() -> Path:
-    return cache_folder() / "checked.json"
-
-
-def read_checked() -> list[Checked]:
-    """What doctor found right; nothing where there is no such file, or no reading it."""
-    try:
-        return [Checked(**entry) for entry in json.loads(checked_path().read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
-        return []
-
-
-def refusal(op: str, index: int, provisional: bool = False) -> str | None:
+def refusal(op: str, index: int) -> str | None:
     """Why dispatch may not run the Triton form of `op` on this CUDA device, if so: the end of a sentence."""
     if _ignored:
         return None
     found = _entries().get(op)
-    if not found and not provisional:
+    if not found:
         return None
     gpu, version = gpu_name(index), triton_version()
-    if provisional and Checked(op, gpu, version, __version__) not in _checked():
-        return f"is new, and not yet checked on {gpu} with triton {version}: run `subquad doctor` once, which does that"
-    for entry in found or []:
+    for entry in found:
         if (entry.gpu, entry.triton) == (gpu, version):
             return (
                 f"is blocked on {gpu} with triton {version}: `subquad doctor` found on {entry.date} that "
@@ -106,15 +79,9 @@ def _entries() -> dict[str, list[Blocked]]:
     return by_op
 
 
-@lru_cache
-def _checked() -> frozenset[Checked]:
-    return frozenset(read_checked())
-
-
 def forget() -> None:
-    """Read the files again before the next decision."""
+    """Read the file again before the next decision."""
     _entries.cache_clear()
-    _checked.cache_clear()
 
 
 @contextmanager

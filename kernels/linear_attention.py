@@ -47,9 +47,7 @@ def linear_attention(
     Second derivatives: the naive form's; elsewhere an error, or autograd's where the form is made of plain torch.
     """
     _check(q, k, v, decay, exclusive, bonus, causal, state, cu_seqlens)
-    # Of the Triton form, training with one decay a head has run on a GPU at every precision; the rest doctor proves.
-    new = (decay is not None and decay.dim() in (2, 4)) or (state is not None and not torch.is_grad_enabled())
-    form = pick("linear_attention", _FORMS, v, too_wide(q, v), provisional=new)
+    form = pick("linear_attention", _FORMS, v, too_wide(q, v))
     has_z = normalizer is not None
     S, z = state if isinstance(state, tuple) else (state, None)
     if not causal:

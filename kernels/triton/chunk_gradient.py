@@ -33,7 +33,7 @@ def _add(total, a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a.to(DOT), b.to(DOT), total, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["T", "per_sequence", "packed", "n_rows"])
+@triton.jit(do_not_specialize=["beta_b", "g_b", "T", "per_sequence", "packed", "n_rows"])
 def chunk_gradient(
     # Rows [B, T, heads, width] come with their strides; q and k also with how many of our heads share one.
     q, q_b, q_t, q_h, q_share,
@@ -259,8 +259,8 @@ class _Launch:
         tiles = config("chunk_products", device=self.v.device, V=self.V, size=self.v.element_size())
         tiles["BLOCK_V"] = columns(self.V, self.v.dtype, tiles["BLOCK_V"])
         chunk_products[(self.programs,)](
-            *values, *self._head(g), *self._head(beta), *self._row(v), pairs, own, dv,
-            None if dbeta is None else dbeta[blocks], *self.where, self.chunks.count, self.H, VECTOR=VECTOR,
+            *values, *self._head(g), *self._head(beta), *self._row(v), pairs, own, dv, dbeta, blocks,
+            *self.where, self.B * self.T, self.chunks.count, self.H, VECTOR=VECTOR,
             **self.always, **tiles,
         )  # fmt: skip
         return pairs, own

@@ -28,7 +28,7 @@ def _both_ways(pairs, after):
     return pairs + tl.trans(pairs)
 
 
-@triton.jit(do_not_specialize=["T", "per_sequence", "packed", "count"])
+@triton.jit(do_not_specialize=["beta_b", "g_b", "blocks", "T", "per_sequence", "packed", "n_rows", "count"])
 def chunk_products(
     # [B, T, H, V]
     y1, y1_b, y1_t, y1_h,
@@ -41,9 +41,9 @@ def chunk_products(
     beta, beta_b, beta_t, beta_h,
     v, v_b, v_t, v_h,
     # out: the pairs, and own [1 or 2, n, H, C], those of a token with itself; the shares without K of dv [B, T, H, V]
-    # and dbeta [B, T, H]
-    pairs, own, dv, dbeta,
-    table, T, per_sequence, packed, count, H,
+    # and dbeta, the last of its parts [blocks + 1, B, T, H]
+    pairs, own, dv, dbeta, blocks,
+    table, T, per_sequence, packed, n_rows, count, H,
     V: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,8 @@ def chunk_products(
             dstrength += tl.sum(upstream * value, 1)
             store_tile(dv + line * V, H * V, row, col, inside, strength * upstream, V)
     if beta is not None:
-        tl.store(dbeta + line + row * H, dstrength, mask=inside)
+        part = blocks * n_rows.to(tl.int64) * H
+        tl.store(dbeta + part + line + row * H, dstrength, mask=inside)
 
     here = tl.program_id(0).to(tl.int64)
     _store_own(own + here * C, m11, row)

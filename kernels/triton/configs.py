@@ -46,6 +46,8 @@ _PREPARE = Kernel(
 
 _GRADIENT = {"BLOCK_K": (16, 32, 64, 128), "BLOCK_V": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)}
 
+_HALF = {"K": 256, "V": 256, "size": 2}
+
 # A width is any integer that a launcher passes by name; one that an entry leaves out may be anything.
 SHIPPED: dict[str, Kernel] = {
     # One pass over a sequence, the state [K, BLOCK_V] in registers. On an H200 at K = V = 128 wider blocks or 8 warps
@@ -92,28 +94,23 @@ SHIPPED: dict[str, Kernel] = {
     "chunk_gradient": Kernel(
         default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
         candidates=_GRADIENT,
-        entries=(
-            Entry(
-                H200,
-                {"K": 256, "V": 256, "size": 2, "gates": 0},
-                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 1},
-            ),
-            Entry(
-                H200,
-                {"K": 256, "V": 256, "size": 2, "gates": 1},
-                {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 8, "num_stages": 1},
-            ),
-        ),
+        entries=(Entry(H200, _HALF, {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 1}),),
     ),
     # The same with a decay for every channel, of one reader and writer, two and one, two and two.
     "linear_gradient": Kernel(
-        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 1}, candidates=_GRADIENT
+        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
+        candidates=_GRADIENT,
+        entries=(Entry(H200, _HALF, {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 1}),),
     ),
     "delta_gradient": Kernel(
-        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 8, "num_stages": 1}, candidates=_GRADIENT
+        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 8, "num_stages": 1},
+        candidates=_GRADIENT,
+        entries=(Entry(H200, _HALF, {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 8, "num_stages": 1}),),
     ),
     "dplr_gradient": Kernel(
-        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 8, "num_stages": 1}, candidates=_GRADIENT
+        default={"BLOCK_K": 32, "BLOCK_V": 32, "num_warps": 8, "num_stages": 1},
+        candidates=_GRADIENT,
+        entries=(Entry(H200, _HALF, {"BLOCK_K": 64, "BLOCK_V": 64, "num_warps": 8, "num_stages": 1}),),
     ),
 }
 

@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-31.0)
 assert CHUNK * 31 * 2**20 < 2**31
 
 
-@triton.jit(do_not_specialize=["T", "per_sequence", "packed"])
+@triton.jit(do_not_specialize=["g_b", "T", "per_sequence", "packed"])
 def _cumulate(
     g, g_b, g_t, g_h, g_k, sums, whole, table, T, per_sequence, packed, H,
     K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

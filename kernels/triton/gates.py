@@ -8,7 +8,7 @@ from torch import Tensor
 from subquad.kernels.triton.segments import CHUNK, Segments, cut, segment_bounds
 
 
-@triton.jit(do_not_specialize=["T", "per_sequence", "packed"])
+@triton.jit(do_not_specialize=["g_b", "T", "per_sequence", "packed"])
 def _cumulate(g, g_b, g_t, g_h, gates, table, T, per_sequence, packed, H, C: tl.constexpr, HEADS: tl.constexpr):
     n = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)

@@ -142,22 +142,25 @@ def pair_scores_kernel(
         if SINGLE:
             y = writer.to(tl.float32) / decay_between(load_sums(sums, token, col, K), 0)
             scores = tl.dot(since.to(DOT), tl.trans(y.to(DOT)), scores, input_precision=PRECISION)
-        for level in range(0 if SINGLE else LEVELS):
-            second = (row >> level) % 2 == 1
-            factor = decay_between(
-                load_sums(sums, row - tl.where(second, exclusive, 0), col, K),
-                load_sums(sums, boundary(row, level), col, K),
-            )
-            if READERS == WRITERS:
-                x = (tl.where(second[:, None], reader, writer).to(tl.float32) * factor).to(DOT)
-                y = x
-            else:
-                x = (tl.where(second[:, None], reader, 0.0).to(tl.float32) * factor).to(DOT)
-                factor = decay_between(load_sums(sums, token, col, K), load_sums(sums, boundary(token, level), col, K))
-                y = (writer.to(tl.float32) * factor).to(DOT)
-            added = tl.dot(x, tl.trans(y), scores, input_precision=PRECISION)
-            before = tl.where(second, (row >> level) - 1, -1)
-            scores = tl.where(before[:, None] == (token >> level)[None, :], added, scores)
+        else:
+            for level in range(LEVELS):
+                second = (row >> level) % 2 == 1
+                factor = decay_between(
+                    load_sums(sums, row - tl.where(second, exclusive, 0), col, K),
+                    load_sums(sums, boundary(row, level), col, K),
+                )
+                if READERS == WRITERS:
+                    x = (tl.where(second[:, None], reader, writer).to(tl.float32) * factor).to(DOT)
+                    y = x
+                else:
+                    x = (tl.where(second[:, None], reader, 0.0).to(tl.float32) * factor).to(DOT)
+                    factor = decay_between(
+                        load_sums(sums, token, col, K), load_sums(sums, boundary(token, level), col, K)
+                    )
+                    y = (writer.to(tl.float32) * factor).to(DOT)
+                added = tl.dot(x, tl.trans(y), scores, input_precision=PRECISION)
+                before = tl.where(second, (row >> level) - 1, -1)
+                scores = tl.where(before[:, None] == (token >> level)[None, :], added, scores)
 
         # The rows themselves, and each token with itself. A NaN among the gates is none among their sums: pass it on.
         sane = tl.load(whole + here * K + col, mask=col < K, other=0.0)[None, :] * 0.0 + 1.0

@@ -72,7 +72,7 @@ def prepare_delta(
     return found
 
 
-@triton.jit(do_not_specialize=["T", "segment", "per_sequence", "packed"])
+@triton.jit(do_not_specialize=["beta_b", "g_b", "T", "segment", "per_sequence", "packed"])
 def prepare_delta_kernel(
     q, q_b, q_t, q_h, q_share, k, k_b, k_t, k_h, k_share, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
     pairs, key_until,  # of a decay for every channel, which q and k have in them then

@@ -24,7 +24,7 @@ def _halves(x, C: tl.constexpr, HALVES: tl.constexpr):
     return tl.sum(x.reshape(HALVES, C, x.shape[1]), 0)
 
 
-@triton.jit(do_not_specialize=["T", "per_sequence", "packed", "n_rows"])
+@triton.jit(do_not_specialize=["beta_b", "T", "per_sequence", "packed", "n_rows"])
 def vector_gradient(
     # Row tensors [B, T, heads, width] come with their strides; r and w also with how many of our heads share one.
     r1, r1_b, r1_t, r1_h, r1_share,
@@ -85,8 +85,6 @@ def vector_gradient(
 
     # The share of the pairs within the chunk.
     met_by = tl.load(pairs + here * LINES * LINES + line[:, None] * LINES + line[None, :])
-    read = tl.zeros([LINES, BLOCK_K], tl.float32)
-    kept = tl.zeros([LINES, BLOCK_K], tl.float32)
     reader = load_stacked(r1, r1_t, r2, r2_t, row, upper, inside, col, K)
     writer = load_stacked(w1, w1_t, w2, w2_t, row, upper, writes, col, K)
     if SINGLE:
@@ -98,17 +96,20 @@ def vector_gradient(
         if DELTA:
             x *= weight[:, None]
         kept = dot(tl.where(row[:, None] < row[None, :], met_by, 0.0), x, DOT, PRECISION) * past
-    for level in range(0 if SINGLE else LEVELS):
-        second = (row >> level) % 2 == 1
-        seen = load_sums(sums, row - tl.where(second, exclusive, 0), col, K)
-        factor = decay_between(seen, load_sums(sums, boundary(row, level), col, K))
-        x = tl.where(second[:, None], reader, writer).to(tl.float32) * factor
-        if DELTA:
-            x *= tl.where(second, weight, 1.0)[:, None]
-        near = ((row >> level) ^ 1)[:, None] == (row >> level)[None, :]
-        met = dot(tl.where(near, met_by, 0.0), x, DOT, PRECISION) * factor
-        read += tl.where(second[:, None], met, 0.0)
-        kept += tl.where(second[:, None], 0.0, met)
+    else:
+        read = tl.zeros([LINES, BLOCK_K], tl.float32)
+        kept = tl.zeros([LINES, BLOCK_K], tl.float32)
+        for level in range(LEVELS):
+            second = (row >> level) % 2 == 1
+            seen = load_sums(sums, row - tl.where(second, exclusive, 0), col, K)
+            factor = decay_between(seen, load_sums(sums, boundary(row, level), col, K))
+            x = tl.where(second[:, None], reader, writer).to(tl.float32) * factor
+            if DELTA:
+                x *= tl.where(second, weight, 1.0)[:, None]
+            near = ((row >> level) ^ 1)[:, None] == (row >> level)[None, :]
+            met = dot(tl.where(near, met_by, 0.0), x, DOT, PRECISION) * factor
+            read += tl.where(second[:, None], met, 0.0)
+            kept += tl.where(second[:, None], 0.0, met)
 
     # The share of the states.
     y1 += b * y1_b + at * y1_t + h * y1_h

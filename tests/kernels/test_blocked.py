@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from subquad.compare.gpu_check import Check, Outcome, keep_checked
 from subquad.errors import UserError
 from subquad.kernels import backend as module
 from subquad.kernels import blocked
@@ -91,17 +90,3 @@ def test_a_damaged_list_is_an_error(on_gpu, text):
     blocked.path().write_text(text)
     with pytest.raises(UserError, match=r"blocked\.json, the list of blocked kernels, is damaged"):
         pick("delta_rule", FORMS, on_gpu)
-
-
-def test_a_provisional_form_runs_where_doctor_found_it_right(on_gpu):
-    with pytest.warns(UserWarning, match="delta_rule: the Triton form is new, and not yet checked on Fake GPU"):
-        assert pick("delta_rule", FORMS, on_gpu, provisional=True) is FORMS["torch"]
-    with backend("triton"):
-        assert pick("delta_rule", FORMS, on_gpu, provisional=True) is FORMS["triton"]
-    outcomes = [Outcome(Check(op, None, "cuda"), {}) for op in ("delta_rule", "dplr_rule", "short_conv")]
-    outcomes[2] = outcomes[2]._replace(unknown="not enough memory")
-    keep_checked(outcomes, {"dplr_rule": "out is off by 0.3"}, "Fake GPU", "3.6.9")
-    assert [entry.op for entry in blocked.read_checked()] == ["delta_rule"]
-    assert pick("delta_rule", FORMS, on_gpu, provisional=True) is FORMS["triton"]
-    keep_checked(outcomes[:1], {"delta_rule": "wrong now"}, "Fake GPU", "3.6.9")
-    assert pick("delta_rule", FORMS, on_gpu, provisional=True) is FORMS["torch"]
