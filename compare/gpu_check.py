@@ -24,22 +24,26 @@ from subquad.infer.output import write_atomically
 from subquad.kernels import blocked
 from subquad.kernels.backend import backend
 from subquad.kernels.blocked import Blocked
-from subquad.kernels.examples import differences, examples, run_in_place
+from subquad.kernels.examples import Example, differences, examples, run_in_place
 from subquad.kernels.triton import configs
 
 SETTINGS = {torch.bfloat16: ("fresh", "packed, carried"), torch.float32: ("packed, carried",)}
 USUAL = (64, 128)  # head widths checked whatever the table holds
 TIMED = Sizes(8, 2048, 16, 128)
-LIMIT_S = 150  # of one check
+VARIANTS = 3  # of an op's examples that a process checks: each is some kernels to compile
+LIMIT_S = 300  # of one check
 MEMORY = 2**30  # bytes of the GPU that a process is given room for
 
 
 class Check(NamedTuple):
-    """The examples of an op, or (`case`) one of its cases at all widths that the table has entries for."""
+    """Every `parts`-th variant of an op's examples from number `part` on, or (`case`) one of its cases at all widths
+    that the table has entries for."""
 
     op: str
     case: str | None
     device: str
+    part: int = 0
+    parts: int = 1
 
 
 class Outcome(NamedTuple):
@@ -64,9 +68,22 @@ class Outcome(NamedTuple):
 def checks(ops: Iterable[str], device: str) -> list[Check]:
     """All there is to check, the longest first."""
     chosen = set(ops)
-    return [Check(case.op, case.name, device) for case in CASES if case.op in chosen] + [
-        Check(op, None, device) for op in sorted(chosen)
-    ]
+    found = [Check(case.op, case.name, device) for case in CASES if case.op in chosen]
+    for op in sorted(chosen):
+        parts = -(-_variants(examples(op, time=2)) // VARIANTS)
+        found += [Check(op, None, device, part, parts) for part in range(parts)]
+    return found
+
+
+def _variants(found: Sequence[Example]) -> int:
+    return sum(example.name.endswith(", fresh") for example in found)
+
+
+def _examples(check: Check, time: int, dtype: torch.dtype) -> list[Example]:
+    """Those of this check; each setting has all variants in the same order."""
+    found = examples(check.op, time=time, dtype=dtype, device=check.device)
+    variants = _variants(found)
+    return [e for number, e in enumerate(found) if number % variants % check.parts == check.part]
 
 
 class Running:
@@ -74,7 +91,7 @@ class Running:
 
     def __init__(self, found: Sequence[Check], device: str):
         free, _ = torch.cuda.mem_get_info(device)
-        at_once = max(1, min(len(found), (os.cpu_count() or 1) // 2, free // MEMORY))
+        at_once = max(1, min(len(found), os.cpu_count() or 1, free // MEMORY))
         self.pool = ThreadPoolExecutor(at_once)
         self.futures: list[Future[Outcome]] = [self.pool.submit(isolated, check) for check in found]
 
@@ -117,22 +134,27 @@ def run(check: Check) -> Outcome:
                 if check.device == "cpu" and dtype != torch.float32:
                     continue  # the interpreter's bfloat16 is wrong
                 time = 20 if check.device == "cpu" else 70  # the interpreter is slow
-                for example in examples(check.op, time=time, dtype=dtype, device=check.device):
+                for example in _examples(check, time, dtype):
                     name = example.name
                     if any(name.endswith(f", {setting}") for setting in settings):
                         with blocked.ignored():
                             _keep(found, dtype, name, differences(example, "triton"))
-                for example in examples(check.op, time=3, dtype=dtype, device=check.device):
+                for example in _examples(check, 3, dtype):
                     name = f"{example.name}, in place"
                     if example.state is not None:
                         with blocked.ignored():
                             _keep(found, dtype, name, differences(example, "triton", run_in_place))
         else:
             case = next(case for case in CASES if case.name == check.case)
-            for K, V, dtype in widths(torch.cuda.get_device_capability(check.device)):
+            capability, kernels = torch.cuda.get_device_capability(check.device), None
+            for K, V, dtype in widths(capability):
+                if kernels is not None and (K, V, dtype) not in widths(capability, kernels):
+                    continue  # entries of kernels that this case does not launch
                 name = f"{check.case} at widths {K} and {V}"
                 sizes, device = Sizes(1, 1, 2, K, V), torch.device(check.device)
-                _keep(found, dtype, name, errors(case, sizes, dtype, device))
+                with configs.recorded() as launched:
+                    _keep(found, dtype, name, errors(case, sizes, dtype, device))
+                kernels = {kernel for kernel, _ in launched}
     except torch.OutOfMemoryError:
         return Outcome(check, found, unknown=f"{check.op}: not enough GPU memory for {name}")
     except Exception as error:  # a compiler's or a driver's, whatever it is: the form does not run here
@@ -146,11 +168,12 @@ def _keep(found: dict[str, dict[str, float]], dtype: torch.dtype, name: str, see
     kept |= {f"{name}: {what}": x for what, x in seen.items()}
 
 
-def widths(capability: tuple[int, int]) -> list[tuple[int, int, torch.dtype]]:
-    """(K, V, dtype) that between them use every entry for this GPU."""
+def widths(capability: tuple[int, int], kernels: Iterable[str] | None = None) -> list[tuple[int, int, torch.dtype]]:
+    """(K, V, dtype) that between them use every entry for this GPU, of these kernels or of all."""
     found = {(width, width, torch.bfloat16): None for width in USUAL}
-    for kernel in configs.table().values():
-        for entry in kernel.entries:
+    table = configs.table()
+    for kernel in table if kernels is None else kernels:
+        for entry in table[kernel].entries:
             if entry.capability == capability and "K" in entry.widths:
                 dtype = torch.float32 if entry.widths.get("size") == 4 else torch.bfloat16
                 found[entry.widths["K"], entry.widths.get("V", entry.widths["K"]), dtype] = None

@@ -12,7 +12,7 @@ from subquad.kernels.backend import pick, register
 from subquad.kernels.chunked import Query, chunk_size, decayed_products, solve_lower
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, too_wide
+from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, in_pieces, too_wide
 
 
 def delta_rule(
@@ -140,4 +140,4 @@ def _spread(x: Tensor, factor: int, R: int) -> Tensor:
     return F.pad(x.unsqueeze(3), (0, 0) * (x.dim() - 3) + (factor, R - 1 - factor)).flatten(2, 3)
 
 
-_FORMS = register("delta_rule", naive=_in_torch(_naive), torch=_in_torch(_chunked), triton=_triton)
+_FORMS = register("delta_rule", naive=_in_torch(_naive), torch=_in_torch(in_pieces(_chunked, 5)), triton=_triton)

@@ -10,7 +10,7 @@ from subquad.kernels.backend import pick, register
 from subquad.kernels.chunked import Query, chunk_size, decayed_products, solve_lower
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, too_wide
+from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, in_pieces, too_wide
 
 
 def dplr_rule(
@@ -118,4 +118,4 @@ def _chunked(q, k, v, a, b, g, S, cu_seqlens):
     return chunks.join(out.transpose(2, 3)), last
 
 
-_FORMS = register("dplr_rule", naive=_in_torch(_naive), torch=_in_torch(_chunked), triton=_triton)
+_FORMS = register("dplr_rule", naive=_in_torch(_naive), torch=_in_torch(in_pieces(_chunked, 6)), triton=_triton)

@@ -11,7 +11,7 @@ from subquad.kernels.backend import pick, register
 from subquad.kernels.chunked import Decay, Query, chunk_size, decayed_products, decayed_scores
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, too_wide
+from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, in_pieces, too_wide
 
 LinearState = Tensor | tuple[Tensor, Tensor]
 
@@ -217,4 +217,4 @@ def _bidirectional(q, k, v, normalizer, cu_seqlens):
     return out[..., :-1] / out[..., -1:].abs().clamp(min=floor)
 
 
-_FORMS = register("linear_attention", naive=_in_torch(_naive), torch=_in_torch(_chunked), triton=_triton)
+_FORMS = register("linear_attention", naive=_in_torch(_naive), torch=_in_torch(in_pieces(_chunked, 4)), triton=_triton)

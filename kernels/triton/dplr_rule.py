@@ -100,7 +100,7 @@ def _forward(q, k, v, a, b, g, S, cu_seqlens, single, last, u=None, states=None)
 @operator("dplr_rule_triton_backward")
 def dplr_rule_triton_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor,
-    S: Tensor | None, cu_seqlens: Tensor | None, single: bool, u: Tensor, states: Tensor, pairs: Tensor,
+    S: Tensor | None, cu_seqlens: Tensor | None, u: Tensor, states: Tensor, pairs: Tensor,
     q_since: Tensor, a_since: Tensor, k_until: Tensor, b_until: Tensor, whole: Tensor, sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, a, b, g, S; S's empty where there is none. From u on: as forward kept them."""
@@ -113,29 +113,28 @@ def dplr_rule_triton_backward(
     back.run(back.states(dS, first), dv, u=e, states=d_states, last=first)
     del P, Q, Y, W, E, F, back
 
-    dq, dk, da, db, dg = dplr_gradient(q, k, v, a, b, g, sums, whole, do, u, e, states, d_states, chunks, single=single)
+    dq, dk, da, db, dg = dplr_gradient(q, k, v, a, b, g, sums, whole, do, u, e, states, d_states, chunks)
     for x in (dq, dk, dv, da, db, dg):
         clear_padding(x, cu_seqlens)
     return dq, dk, dv, da, db, dg, dS0
 
 
 @dplr_rule_triton_backward.register_fake
-def _(do, dS, q, k, v, a, b, g, S, cu_seqlens, single, *kept):
+def _(do, dS, q, k, v, a, b, g, S, cu_seqlens, *kept):
     same = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, a, b, g))
     return (*same, new_state(S, v))
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    *tensors, ctx.single, _ = inputs
-    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.save_for_backward(*inputs[:8], *output[2:])
 
 
 def _backward(ctx, do, dS, *_):
     q, k, v, a, b, g, S, cu_seqlens, *kept = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dS = None if S is None else dS
-    found = dplr_rule_triton_backward(do, dS, q, k, v, a, b, g, S, cu_seqlens, ctx.single, *kept)
+    found = dplr_rule_triton_backward(do, dS, q, k, v, a, b, g, S, cu_seqlens, *kept)
     inputs = (q, k, v, a, b, g, S)
     return (*(x if given is not None else None for x, given in zip(found, inputs, strict=True)), None, None, None)
 

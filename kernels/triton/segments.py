@@ -143,7 +143,7 @@ def combine(
     tl.store(last + lane, S, mask=at < K * V * emit)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["n_seqs", "total"])
 def _clear(x, cu_seqlens, n_seqs, total, WIDTH, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     used = tl.load(cu_seqlens + n_seqs)
     row = tl.program_id(0) * ROWS

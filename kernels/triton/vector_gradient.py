@@ -46,7 +46,7 @@ def vector_gradient(
     table, T, per_sequence, packed, n_rows, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, HALVES: tl.constexpr, EXCLUSIVE1: tl.constexpr, EXCLUSIVE2: tl.constexpr,
-    SINGLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     LINES: tl.constexpr = HALVES * C
@@ -87,29 +87,19 @@ def vector_gradient(
     met_by = tl.load(pairs + here * LINES * LINES + line[:, None] * LINES + line[None, :])
     reader = load_stacked(r1, r1_t, r2, r2_t, row, upper, inside, col, K)
     writer = load_stacked(w1, w1_t, w2, w2_t, row, upper, writes, col, K)
-    if SINGLE:
-        since = decay_between(load_sums(sums, row - exclusive, col, K), 0)
-        past = 1 / decay_between(load_sums(sums, row, col, K), 0)
-        after = row[:, None] > row[None, :]
-        read = dot(tl.where(after, met_by, 0.0), writer.to(tl.float32) * past, DOT, PRECISION) * since
-        x = reader.to(tl.float32) * since
+    read = tl.zeros([LINES, BLOCK_K], tl.float32)
+    kept = tl.zeros([LINES, BLOCK_K], tl.float32)
+    for level in range(LEVELS):
+        second = (row >> level) % 2 == 1
+        seen = load_sums(sums, row - tl.where(second, exclusive, 0), col, K)
+        factor = decay_between(seen, load_sums(sums, boundary(row, level), col, K))
+        x = tl.where(second[:, None], reader, writer).to(tl.float32) * factor
         if DELTA:
-            x *= weight[:, None]
-        kept = dot(tl.where(row[:, None] < row[None, :], met_by, 0.0), x, DOT, PRECISION) * past
-    else:
-        read = tl.zeros([LINES, BLOCK_K], tl.float32)
-        kept = tl.zeros([LINES, BLOCK_K], tl.float32)
-        for level in range(LEVELS):
-            second = (row >> level) % 2 == 1
-            seen = load_sums(sums, row - tl.where(second, exclusive, 0), col, K)
-            factor = decay_between(seen, load_sums(sums, boundary(row, level), col, K))
-            x = tl.where(second[:, None], reader, writer).to(tl.float32) * factor
-            if DELTA:
-                x *= tl.where(second, weight, 1.0)[:, None]
-            near = ((row >> level) ^ 1)[:, None] == (row >> level)[None, :]
-            met = dot(tl.where(near, met_by, 0.0), x, DOT, PRECISION) * factor
-            read += tl.where(second[:, None], met, 0.0)
-            kept += tl.where(second[:, None], 0.0, met)
+            x *= tl.where(second, weight, 1.0)[:, None]
+        near = ((row >> level) ^ 1)[:, None] == (row >> level)[None, :]
+        met = dot(tl.where(near, met_by, 0.0), x, DOT, PRECISION) * factor
+        read += tl.where(second[:, None], met, 0.0)
+        kept += tl.where(second[:, None], 0.0, met)
 
     # The share of the states.
     y1 += b * y1_b + at * y1_t + h * y1_h

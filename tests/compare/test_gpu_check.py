@@ -15,6 +15,7 @@ from subquad.compare.kernel_cases import CASES
 from subquad.errors import UserError
 from subquad.kernels import backend as module
 from subquad.kernels import blocked
+from subquad.kernels.examples import examples
 from subquad.kernels.triton import configs
 from subquad.kernels.triton.configs import Entry, Kernel
 
@@ -173,3 +174,11 @@ def test_one_gpu_of_each_kind_is_checked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: names[i])
     assert doctor._gpus() == {"cuda:0": "NVIDIA H200", "cuda:1": "NVIDIA L4"}
+
+
+def test_the_parts_of_an_op_are_all_its_examples():
+    op = "linear_attention"
+    parts = [check for check in gpu_check.checks([op], "cpu") if check.case is None]
+    assert len(parts) > 1
+    names = [e.name for check in parts for e in gpu_check._examples(check, 3, torch.float32)]
+    assert sorted(names) == sorted(e.name for e in examples(op, time=3))

@@ -178,11 +178,11 @@ def delta(**options):
     )  # fmt: skip
 
 
-def dplr(single=False, **options):
+def dplr(**options):
     p = Problem(dplr_step, ["q", "k", "a", "b"], **options)
     x = p.x
     return p, dplr_gradient(
-        *(x[name] for name in "qkvab"), x["g"], *gates_of(p), p.do, p.u, p.e, p.S, p.dS, p.chunks, single=single,
+        *(x[name] for name in "qkvab"), x["g"], *gates_of(p), p.do, p.u, p.e, p.S, p.dS, p.chunks
     )  # fmt: skip
 
 
@@ -203,9 +203,8 @@ def test_delta(gates, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("single", [False, True])
-def test_dplr(single, dtype):
-    p, found = dplr(gates="vector", single=single, dtype=dtype)
+def test_dplr(dtype):
+    p, found = dplr(gates="vector", dtype=dtype)
     assert {x.dtype for x in (found.dq, found.dk, found.da, found.db)} == {dtype}
     p.check(found)
 

@@ -123,13 +123,14 @@ def test_random_calls(make, batch):
 
 
 def scales(inputs, found):
-    """A decay's gradient is a difference of sums like k . dk; where it vanishes its error is relative to those."""
+    """A decay's gradient is a difference of sums as large as the output times its gradient, and of a constant decay the
+    sum of those of all tokens: where it nearly vanishes, its error is relative to that."""
     if inputs[-1] is None:
         return {}
     given = sum(x is not None for x in inputs)
     first = next(n for n, x in enumerate(found) if n and x.shape == inputs[0].shape)  # after the outputs
-    k = inputs[1].to(found[first + 1])
-    return {first + given - 1: float((k * found[first + 1]).sum(-1).norm())}
+    tokens = found[0].shape[1] if inputs[-1].dim() == 1 else 1
+    return {first + given - 1: float(found[0].norm()) * tokens}
 
 
 def differences(found, expected, least):
