@@ -78,7 +78,13 @@ def kernels_h200() -> list[str]:
         f"of ours."
     )
     heading = ("op", "batch x tokens", "forward", "floor", "over floor", "forward and backward", "others")
-    return [*prose(about, _measured_earlier(rows, measured, earlier)), "", *table(heading, kernel_rows(rows))]
+    notes = [
+        line
+        for row in rows
+        if row["library"] == "ours" and row["note"]
+        for line in ["", *prose(f"{_name(row)}, {_size(row)}: {row['note']}.")]
+    ]
+    return [*prose(about, _measured_earlier(rows, measured, earlier)), "", *table(heading, kernel_rows(rows)), *notes]
 
 
 def _measured_earlier(rows: Sequence[Row], measured: Collection[tuple[str, str, str]], earlier: Row) -> str:
@@ -105,14 +111,21 @@ def kernel_rows(rows: Sequence[Row]) -> list[list[str]]:
             if row["case"] != case or row["library"] != "ours" or row["forward ms"] is None:
                 continue
             others = [_other(other, row) for other in rows if _is_peer(other, row)]
-            sizes = Sizes.parse(row["shape"])
-            variant = VARIANTS.get(case, case)
             figures = [_ms(row["forward ms"]), _ms(row["forward floor ms"]), _times(row["forward / floor"])]
             figures.append(_ms(row["train ms"]))
-            name = "" if case == last else f"`{row['op']}`, {variant}"
-            cells.append([name, f"{sizes.B} x {sizes.T:,}", *figures, "; ".join(others)])
+            name = "" if case == last else _name(row)
+            cells.append([name, _size(row), *figures, "; ".join(others)])
             last = case
     return cells
+
+
+def _name(row: Row) -> str:
+    return f"`{row['op']}`, {VARIANTS.get(row['case'], row['case'])}"
+
+
+def _size(row: Row) -> str:
+    sizes = Sizes.parse(row["shape"])
+    return f"{sizes.B} x {sizes.T:,}"
 
 
 def _is_peer(other: Row, row: Row) -> bool:
