@@ -124,13 +124,13 @@ def energy_counter(device: torch.device) -> Callable[[], float] | None:
     """Joules that a GPU has taken since its driver was loaded, by NVML; None where nothing reports them."""
     if device.type != "cuda":
         return None
-    try:
-        import pynvml
+    import pynvml
 
+    try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except (ImportError, pynvml.NVMLError):
+    except pynvml.NVMLError:
         return None
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
 
