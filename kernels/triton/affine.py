@@ -16,7 +16,7 @@ from torch import Tensor
 
 from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
-from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds, segments
+from subquad.kernels.triton.segments import CHUNK, Segments, n_chunks, segment_bounds, segments
 from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, rows, store_tile
 
 
@@ -220,9 +220,7 @@ class Affine:
             programs *= 2
         self.cut: Segments = segments(x, cu_seqlens, programs)
         self.transitions: Tensor | None = None  # of the segments [n, H, K, K], found by `states`
-        self.n_chunks = self.B * max(triton.cdiv(self.T, CHUNK), 1)
-        if cu_seqlens is not None:
-            self.n_chunks = self.T // CHUNK + self.cut.n_seqs
+        self.n_chunks = n_chunks(x, cu_seqlens)
         strides = {t.stride() for t in (self.Q, self.W, self.E, self.F) if t is not None}
         self.options = {
             "K": self.K, "V": self.V, "BLOCK_K": columns(self.K, x.dtype), "C": CHUNK, "REVERSE": reverse,
