@@ -24,7 +24,16 @@ from subquad.kernels.triton.chunk_products import chunk_products
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.prepare import load_matrix
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
-from subquad.kernels.triton.tiles import columns, cumulated, dot, load_tile, precision, rows, store_tile
+from subquad.kernels.triton.tiles import (
+    columns,
+    cumulated,
+    dot,
+    load_tile,
+    precision,
+    shared,
+    store_tile,
+    strided,
+)
 from subquad.kernels.triton.vector_gradient import vector_gradient
 
 
@@ -223,11 +232,11 @@ class _Launch:
         options, blocks = self._options(kernel)
         dbeta = None if beta is None else self.new(blocks + 1, self.B, self.T, self.H)
         if self.programs:
-            found = (*self._row(values[0]), *self._row(values[1]), *self._row(values[2]), *self._row(values[3]))
+            found = (*strided(values[0]), *strided(values[1]), *strided(values[2]), *strided(values[3]))
             n_own = 1 + (rows_in[3] is not None)
             pairs, own = self._products(found, halves**2, n_own, beta, None, v, dv, dbeta, blocks, VECTOR=True)
             vector_gradient[(self.programs * blocks,)](
-                *(argument for x in rows_in for argument in self._shared(x)), *found, *self._head(beta),
+                *(argument for x in rows_in for argument in shared(x, self.H)), *found, *self._head(beta),
                 None if bonus is None else bonus.contiguous(), sums, whole, states, d_states, pairs, own, self.programs,
                 *grads, dg, dbeta, dbonus, *self.where, self.B * self.T, self.H,
                 LEVELS=CHUNK.bit_length() - 1, HALVES=halves, EXCLUSIVE1=exclusive[0], EXCLUSIVE2=exclusive[1],
@@ -241,13 +250,13 @@ class _Launch:
         dbeta = self.new(blocks + 1, self.B, self.T, self.H)
         dg = None if g is None else self.new(blocks, self.B, self.T, self.H)
         if self.programs:
-            found = (*self._row(do), *self._row(e), *self._row(u))
+            found = (*strided(do), *strided(e), *strided(u))
             pairs, own = self._products(
-                (*found, *self._row(None)), 2, 1, beta, g, v, dv, dbeta, blocks, VECTOR=False
+                (*found, *strided(None)), 2, 1, beta, g, v, dv, dbeta, blocks, VECTOR=False
             )  # fmt: skip
             chunk_gradient[(self.programs * blocks,)](
-                *self._shared(q), *self._shared(k), *found, *self._head(g), *self._head(beta), states, d_states, pairs,
-                own, dq, dk, dg, dbeta, *self.where, self.B * self.T, self.H, **self.always, **options,
+                *shared(q, self.H), *shared(k, self.H), *found, *self._head(g), *self._head(beta), states, d_states,
+                pairs, own, dq, dk, dg, dbeta, *self.where, self.B * self.T, self.H, **self.always, **options,
             )  # fmt: skip
         return dbeta.sum(0), None if g is None else dg[0] if blocks == 1 else dg.sum(0)
 
@@ -259,7 +268,7 @@ class _Launch:
         tiles = config("chunk_products", device=self.v.device, V=self.V, size=self.v.element_size())
         tiles["BLOCK_V"] = columns(self.V, self.v.dtype, tiles["BLOCK_V"])
         chunk_products[(self.programs,)](
-            *values, *self._head(g), *self._head(beta), *self._row(v), pairs, own, dv, dbeta, blocks,
+            *values, *self._head(g), *self._head(beta), *strided(v), pairs, own, dv, dbeta, blocks,
             *self.where, self.B * self.T, self.chunks.count, self.H, VECTOR=VECTOR,
             **self.always, **tiles,
         )  # fmt: skip
@@ -278,16 +287,6 @@ class _Launch:
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.v.device)
-
-    def _shared(self, x: Tensor | None):
-        return (None, 0, 0, 0, 1) if x is None else (*self._row(x), self.H // x.shape[2])
-
-    @staticmethod
-    def _row(x: Tensor | None):
-        if x is None:
-            return None, 0, 0, 0
-        x = rows(x)
-        return x, *x.stride()[:3]
 
     @staticmethod
     def _head(x: Tensor | None):

@@ -26,7 +26,7 @@ from subquad.kernels.triton.fixed_point import (
     store_stacked,
 )
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
-from subquad.kernels.triton.tiles import columns, precision, rows
+from subquad.kernels.triton.tiles import columns, precision, shared
 
 MILDEST = 96  # bits; what is multiplied by 2^96 may be 2^31 large itself
 
@@ -79,7 +79,7 @@ def pair_scores(
     if n * H:
         values = config("pair_scores", device=r1.device, K=K, readers=readers, writers=writers)
         values["BLOCK_K"] = columns(K, r1.dtype, values["BLOCK_K"])
-        inputs = [argument for x in (r1, r2, w1, w2) for argument in _shared(x, H)]
+        inputs = [argument for x in (r1, r2, w1, w2) for argument in shared(x, H)]
         pair_scores_kernel[(n * H,)](
             *inputs, None if bonus is None else bonus.float().contiguous(), found.sums, found.whole, *found[:5],
             chunks.table, r1.shape[1], chunks.per_sequence, chunks.packed, H, K=K, C=CHUNK,
@@ -87,13 +87,6 @@ def pair_scores(
             EXCLUSIVE2=exclusive[1], SINGLE=single, **precision(r1.dtype), **values,
         )  # fmt: skip
     return found
-
-
-def _shared(x: Tensor | None, H: int):
-    if x is None:
-        return None, 0, 0, 0, 1
-    x = rows(x)
-    return x, *x.stride()[:3], H // x.shape[2]
 
 
 @triton.jit(do_not_specialize=["T", "per_sequence", "packed"])

@@ -44,6 +44,19 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def strided(x: Tensor | None):
+    """A row tensor [B, T, heads, width] and three strides, as kernels take it; None stands for none."""
+    if x is None:
+        return None, 0, 0, 0
+    x = rows(x)
+    return x, *x.stride()[:3]
+
+
+def shared(x: Tensor | None, H: int):
+    """The same, and how many of H heads share one of x's."""
+    return (*strided(x), 1 if x is None else H // x.shape[2])
+
+
 def in_place(*states: Tensor | None) -> bool:
     """Whether a call may write into the states it was given; None stands for none."""
     if torch.is_grad_enabled() or states[0] is None:
