@@ -102,8 +102,9 @@ def dplr_rule_triton_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor,
     S: Tensor | None, cu_seqlens: Tensor | None, u: Tensor, states: Tensor, pairs: Tensor,
     q_since: Tensor, a_since: Tensor, k_until: Tensor, b_until: Tensor, whole: Tensor, sums: Tensor,
+    single: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, a, b, g, S; S's empty where there is none. From u on: as forward kept them."""
+    """Gradients of q, k, v, a, b, g, S; S's empty where there is none. From u to sums: as forward kept them."""
     chunks = cut(v, cu_seqlens, CHUNK)
     scores = Scores(pairs, q_since, a_since, k_until, b_until, whole, sums)
     P, Q, Y, W, E, F, _ = prepare_dplr(scores, chunks, reverse=True)
@@ -113,7 +114,9 @@ def dplr_rule_triton_backward(
     back.run(back.states(dS, first), dv, u=e, states=d_states, last=first)
     del P, Q, Y, W, E, F, back
 
-    dq, dk, da, db, dg = dplr_gradient(q, k, v, a, b, g, sums, whole, do, u, e, states, d_states, chunks)
+    dq, dk, da, db, dg = dplr_gradient(
+        q, k, v, a, b, g, sums, whole, do, u, e, states, d_states, chunks, single=single,
+    )  # fmt: skip
     for x in (dq, dk, dv, da, db, dg):
         clear_padding(x, cu_seqlens)
     return dq, dk, dv, da, db, dg, dS0
@@ -128,13 +131,14 @@ def _(do, dS, q, k, v, a, b, g, S, cu_seqlens, *kept):
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:8], *output[2:])
+    ctx.single = inputs[8]
 
 
 def _backward(ctx, do, dS, *_):
     q, k, v, a, b, g, S, cu_seqlens, *kept = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dS = None if S is None else dS
-    found = dplr_rule_triton_backward(do, dS, q, k, v, a, b, g, S, cu_seqlens, *kept)
+    found = dplr_rule_triton_backward(do, dS, q, k, v, a, b, g, S, cu_seqlens, *kept, ctx.single)
     inputs = (q, k, v, a, b, g, S)
     return (*(x if given is not None else None for x, given in zip(found, inputs, strict=True)), None, None, None)
 

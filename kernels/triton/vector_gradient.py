@@ -5,7 +5,9 @@
 
 As in `pair_scores` each token is a reader or a writer on a level, so the symmetric matrix of all y . x times one tile
 of both gives the gradients of the readers that meet writers there, and of those writers. Lines are the tokens of the
-first reader and writer, and then those of the second, where there is one. A program takes some columns of K.
+first reader and writer, and then those of the second, where there is one. A program takes some columns of K. SINGLE as
+in `pair_scores`: all readers decayed since the chunk's start, all writers back to it, two products; not for the delta
+rule, whose readers weigh.
 """
 
 import triton
@@ -46,7 +48,7 @@ def vector_gradient(
     table, T, per_sequence, packed, n_rows, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, HALVES: tl.constexpr, EXCLUSIVE1: tl.constexpr, EXCLUSIVE2: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SINGLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     LINES: tl.constexpr = HALVES * C
@@ -89,17 +91,25 @@ def vector_gradient(
     writer = load_stacked(w1, w1_t, w2, w2_t, row, upper, writes, col, K)
     read = tl.zeros([LINES, BLOCK_K], tl.float32)
     kept = tl.zeros([LINES, BLOCK_K], tl.float32)
-    for level in range(LEVELS):
-        second = (row >> level) % 2 == 1
-        seen = load_sums(sums, row - tl.where(second, exclusive, 0), col, K)
-        factor = decay_between(seen, load_sums(sums, boundary(row, level), col, K))
-        x = tl.where(second[:, None], reader, writer).to(tl.float32) * factor
-        if DELTA:
-            x *= tl.where(second, weight, 1.0)[:, None]
-        near = ((row >> level) ^ 1)[:, None] == (row >> level)[None, :]
-        met = dot(tl.where(near, met_by, 0.0), x, DOT, PRECISION) * factor
-        read += tl.where(second[:, None], met, 0.0)
-        kept += tl.where(second[:, None], 0.0, met)
+    if SINGLE:
+        since = decay_between(load_sums(sums, row - exclusive, col, K), 0)
+        back = 1 / decay_between(load_sums(sums, row, col, K), 0)
+        near = row[:, None] > row[None, :]
+        read += dot(tl.where(near, met_by, 0.0), writer.to(tl.float32) * back, DOT, PRECISION) * since
+        near = row[:, None] < row[None, :]
+        kept += dot(tl.where(near, met_by, 0.0), reader.to(tl.float32) * since, DOT, PRECISION) * back
+    else:
+        for level in range(LEVELS):
+            second = (row >> level) % 2 == 1
+            seen = load_sums(sums, row - tl.where(second, exclusive, 0), col, K)
+            factor = decay_between(seen, load_sums(sums, boundary(row, level), col, K))
+            one = tl.where(second[:, None], reader, writer).to(tl.float32) * factor
+            if DELTA:
+                one *= tl.where(second, weight, 1.0)[:, None]
+            near = ((row >> level) ^ 1)[:, None] == (row >> level)[None, :]
+            met = dot(tl.where(near, met_by, 0.0), one, DOT, PRECISION) * factor
+            read += tl.where(second[:, None], met, 0.0)
+            kept += tl.where(second[:, None], 0.0, met)
 
     # The share of the states.
     y1 += b * y1_b + at * y1_t + h * y1_h
