@@ -30,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(_environment(devices))
     fused = [op for op, forms in load_ops().items() if "triton" in forms]
     gpus = _gpus() if present["cuda"] and TRITON and fused else {}
-    running = {gpu: gpu_check.Running(gpu_check.checks(fused, gpu), gpu) for gpu in gpus}
+    running = {gpu: gpu_check.Running(fused, gpu) for gpu in gpus}
     table, failures = _self_check(devices)
     console.print(table)
     for gpu, name in gpus.items():
         failures += _report_gpu(console, running[gpu].outcomes(), gpu, name, fused)
     if INTERPRETED and not gpus:
-        outcomes = [gpu_check.run(gpu_check.Check(op, None, "cpu")) for op in fused]
+        outcomes = [gpu_check.run(check) for check in gpu_check.checks(fused, "cpu")]
         table, _, wrong = gpu_check.verdicts(outcomes, "Triton forms under the interpreter, against float64", "FAIL")
         console.print(table)
         failures += wrong

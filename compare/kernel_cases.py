@@ -81,11 +81,13 @@ class Peer(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One variant of an op. `constants` names the inputs that need no gradient."""
+    """One variant of an op. `kernels`: those of the table of launch values that it uses; `constants` names the inputs
+    that need no gradient."""
 
     name: str
     op: str
     inputs: Callable[[Random], Tensors]
+    kernels: tuple[str, ...]
     peers: Mapping[str, Peer]
     options: Mapping[str, Any] = {}
     constants: tuple[str, ...] = ()
@@ -174,12 +176,22 @@ def _short_conv(r: Random) -> Tensors:
     return {"x": r.rows(D), "weight": r.wide(D, 4).to(r.dtype)}
 
 
+_LINEAR = ("pair_scores", "affine", "chunk_products", "linear_gradient")
+_DELTA = ("prepare_delta", "affine", "chunk_products", "chunk_gradient")
+
 CASES = (
-    Case("no decay", "linear_attention", Random.qkv, _fla("linear_attn", "chunk_linear_attn", *"qkv", normalize=False)),
+    Case(
+        "no decay",
+        "linear_attention",
+        Random.qkv,
+        ("carry",),
+        _fla("linear_attn", "chunk_linear_attn", *"qkv", normalize=False),
+    ),
     Case(
         "constant decay",
         "linear_attention",
         _retention,
+        ("carry",),
         _fla("retention", "chunk_retention", *"qkv"),
         constants=("decay",),
     ),
@@ -187,18 +199,21 @@ CASES = (
         "scalar decay",
         "linear_attention",
         lambda r: {**r.qkv(), "decay": r.decay(r.sizes.H)},
+        ("carry",),
         _fla("simple_gla", "chunk_simple_gla", *"qkv", "decay") | _mamba_ssd(),
     ),
     Case(
         "vector decay",
         "linear_attention",
         lambda r: {**r.qkv(), "decay": r.decay(r.sizes.H, r.sizes.D)},
+        _LINEAR,
         _fla("gla", "chunk_gla", *"qkv", "decay"),
     ),
     Case(
         "RWKV-6",
         "linear_attention",
         _rwkv6,
+        _LINEAR,
         _fla("rwkv6", "chunk_rwkv6", *"qkv", "decay", "bonus"),
         {"exclusive": True},
     ),
@@ -206,28 +221,32 @@ CASES = (
         "delta",
         "delta_rule",
         lambda r: {**r.qkv(), "beta": r.rate(r.sizes.H)},
+        _DELTA,
         _fla("delta_rule", "chunk_delta_rule", *"qkv", "beta"),
     ),
     Case(
         "gated delta",
         "delta_rule",
         lambda r: {**r.qkv(), "beta": r.rate(r.sizes.H), "decay": r.decay(r.sizes.H)},
+        _DELTA,
         _fla("gated_delta_rule", "chunk_gated_delta_rule", *"qkv", "decay", "beta"),
     ),
     Case(
         "KDA",
         "delta_rule",
         lambda r: {**r.qkv(), "beta": r.rate(r.sizes.H), "decay": r.decay(r.sizes.H, r.sizes.D)},
+        ("pair_scores", "prepare_delta", "affine", "chunk_products", "delta_gradient"),
         _fla("kda", "chunk_kda", *"qkv", "decay", "beta"),
     ),
-    Case("delta product", "delta_rule", _product, _fla_product()),
+    Case("delta product", "delta_rule", _product, _DELTA, _fla_product()),
     Case(
         "RWKV-7",
         "dplr_rule",
         _rwkv7,
+        ("pair_scores", "prepare_dplr", "affine", "chunk_products", "dplr_gradient"),
         _fla("rwkv7", "chunk_rwkv7", "q", "decay", *"kvab"),
         {"decay_floor": -0.6065306597},
     ),
-    Case("running max", "running_max", _running_max, {}),
-    Case("short conv", "short_conv", _short_conv, _causal_conv1d(), {"activation": "silu"}),
+    Case("running max", "running_max", _running_max, (), {}),
+    Case("short conv", "short_conv", _short_conv, (), _causal_conv1d(), {"activation": "silu"}),
 )

@@ -2,6 +2,7 @@
 
 `operator` does what `torch.library.custom_op` does, with its interface, through `torch.library.Library`: a call costs
 half as much (custom_op's wrappers take longer than a small kernel runs), and the first one does not load torch._dynamo.
+Where nothing watches, a call of plain tensors does not even go through torch's dispatcher, which takes as long again.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +26,19 @@ class Operator:
         _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         self.op = getattr(torch.ops.subquad, name).default
+        self.derivative: Any = None
+        names = [argument.name for argument in self.op._schema.arguments]
+        self.mutated = [names.index(mutated) for mutated in mutates_args]
         if mutates_args:
-            names = [argument.name for argument in self.op._schema.arguments]
-            self._count_writes([names.index(mutated) for mutated in mutates_args])
+            _LIBRARY.impl(name, self._counted, "ADInplaceOrView", with_keyset=True)
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.op(*arguments)
+        if _watched(arguments):
+            return self.op(*arguments)
+        if _differentiated(arguments):
+            return self.op(*arguments) if self.derivative is None else self.derivative.apply(*arguments)
+        self._count_writes(arguments)
+        return self.function(*arguments)
 
     def register_fake(self, shapes: Callable[..., Any]) -> Callable[..., Any]:
         """Declare the function that makes outputs of the right shapes, without values."""
@@ -41,20 +49,23 @@ class Operator:
         """Declare the derivative: setup_context(ctx, inputs, output) and backward(ctx, *gradients)."""
         op = self.op
 
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*arguments)
-            setup_context(ctx, arguments, output)
-            return output
-
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        derivative = type(self.name, (torch.autograd.Function,), methods)
-
-        def differentiable(*arguments: Any) -> Any:
-            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-                return derivative.apply(*arguments)  # type: ignore[no-untyped-call]
+        def below(*arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*arguments)
+
+        def derivative(run: Callable[..., Any]) -> Any:
+            def forward(ctx: Any, *arguments: Any) -> Any:
+                output = run(*arguments)
+                setup_context(ctx, arguments, output)
+                return output
+
+            methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+            return type(self.name, (torch.autograd.Function,), methods)
+
+        self.derivative, dispatched = derivative(self.function), derivative(below)
+
+        def differentiable(*arguments: Any) -> Any:
+            return dispatched.apply(*arguments) if _differentiated(arguments) else below(*arguments)
 
         _LIBRARY.impl(self.name, differentiable, "Autograd")
 
@@ -68,18 +79,35 @@ class Operator:
 
         self.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
 
-    def _count_writes(self, places: list[int]) -> None:
+    def _count_writes(self, arguments: Sequence[Any]) -> None:
         """Let autograd see that a tensor it may have saved was overwritten."""
-        op = self.op
+        for place in self.mutated:
+            if arguments[place] is not None and not arguments[place].is_inference():
+                torch.autograd.graph.increment_version(arguments[place])
 
-        def counted(keys: Any, *arguments: Any) -> Any:
-            for place in places:
-                if arguments[place] is not None:
-                    torch.autograd.graph.increment_version(arguments[place])
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
+    def _counted(self, keys: Any, *arguments: Any) -> Any:
+        self._count_writes(arguments)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return self.op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
 
-        _LIBRARY.impl(self.name, counted, "ADInplaceOrView", with_keyset=True)
+
+def _differentiated(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+
+
+def _watched(arguments: Sequence[Any]) -> bool:
+    """Whether a compiler, a mode, a transform, a profiler or a tensor of another kind has to see the call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in arguments)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def operator(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, n_chunks, segment_bounds, segments
 from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, rows, store_tile
 
@@ -29,7 +30,7 @@ def _load_matrix(base, row, C: tl.constexpr, TRANSPOSED: tl.constexpr):
     return matrix
 
 
-@triton.jit(do_not_specialize=["T", "segment", "per_sequence", "packed", "carried", "emit"])
+@kernel(do_not_specialize=["T", "segment", "per_sequence", "packed", "carried", "emit"])
 def affine_pass(
     # rows [B, T, H, width], each with the strides of B, T, H
     x, x_b, x_t, x_h,
@@ -136,7 +137,7 @@ def affine_pass(
             tl.store(total + n * H + h, decayed, mask=block == 0)
 
 
-@triton.jit(do_not_specialize=["per_sequence", "packed", "carried", "emit"])
+@kernel(do_not_specialize=["per_sequence", "packed", "carried", "emit"])
 def _through_segments(
     moves, transitions, total, initial, starts, last, first, per_sequence, packed, carried, emit, H,
     K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,

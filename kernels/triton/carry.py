@@ -19,6 +19,7 @@ from torch import Tensor
 
 from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, combine, segment_bounds
 from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, store_tile
 
@@ -45,7 +46,7 @@ def gate_columns(base, token, C: tl.constexpr):
     return high, low, since, until
 
 
-@triton.jit(do_not_specialize=["T", "segment", "per_sequence", "packed", "carried", "emit", "n_rows"])
+@kernel(do_not_specialize=["T", "segment", "per_sequence", "packed", "carried", "emit", "n_rows"])
 def carry_pass(
     # Each row tensor [B, T, heads, width] comes with its strides and the number of our heads that share one of its.
     r, r_b, r_t, r_h, r_share,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from subquad.kernels.triton.chunk_products import chunk_products
 from subquad.kernels.triton.configs import config
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.prepare import load_matrix
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
 from subquad.kernels.triton.tiles import (
@@ -42,7 +43,7 @@ def _add(total, a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a.to(DOT), b.to(DOT), total, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["beta_b", "g_b", "T", "per_sequence", "packed", "n_rows"])
+@kernel(do_not_specialize=["beta_b", "g_b", "T", "per_sequence", "packed", "n_rows"])
 def chunk_gradient(
     # Rows [B, T, heads, width] come with their strides; q and k also with how many of our heads share one.
     q, q_b, q_t, q_h, q_share,

@@ -6,6 +6,7 @@ They do not depend on the columns of K, so they are made once, before the gradie
 import triton
 import triton.language as tl
 
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.prepare import store_matrix
 from subquad.kernels.triton.segments import segment_bounds
 from subquad.kernels.triton.tiles import cumulated, load_tile, store_tile
@@ -28,7 +29,7 @@ def _both_ways(pairs, after):
     return pairs + tl.trans(pairs)
 
 
-@triton.jit(do_not_specialize=["beta_b", "g_b", "blocks", "T", "per_sequence", "packed", "n_rows", "count"])
+@kernel(do_not_specialize=["beta_b", "g_b", "blocks", "T", "per_sequence", "packed", "n_rows", "count"])
 def chunk_products(
     # [B, T, H, V]
     y1, y1_b, y1_t, y1_h,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
 from subquad.kernels.triton.tiles import exp2, padded
 
@@ -18,7 +19,7 @@ LOWEST = tl.constexpr(-31.0)
 assert CHUNK * 31 * 2**20 < 2**31
 
 
-@triton.jit(do_not_specialize=["g_b", "T", "per_sequence", "packed"])
+@kernel(do_not_specialize=["g_b", "T", "per_sequence", "packed"])
 def _cumulate(
     g, g_b, g_t, g_h, g_k, sums, whole, table, T, per_sequence, packed, H,
     K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, cut, segment_bounds
 
 
-@triton.jit(do_not_specialize=["g_b", "T", "per_sequence", "packed"])
+@kernel(do_not_specialize=["g_b", "T", "per_sequence", "packed"])
 def _cumulate(g, g_b, g_t, g_h, gates, table, T, per_sequence, packed, H, C: tl.constexpr, HEADS: tl.constexpr):
     n = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -52,7 +53,7 @@ def cumulate(g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return gates
 
 
-@triton.jit(do_not_specialize=["n_rows", "T", "segment", "per_sequence", "packed", "crossed"])
+@kernel(do_not_specialize=["n_rows", "T", "segment", "per_sequence", "packed", "crossed"])
 def _gate_gradient(
     up, down, n_up, n_down, n_rows, edge, dg, table, T, segment, per_sequence, packed, crossed, H,
     C: tl.constexpr, EXCLUSIVE: tl.constexpr,

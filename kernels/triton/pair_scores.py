@@ -12,7 +12,6 @@ from math import log
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from subquad.kernels.triton.fixed_point import (
     load_sums,
     store_stacked,
 )
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
 from subquad.kernels.triton.tiles import columns, precision, shared
 
@@ -89,7 +89,7 @@ def pair_scores(
     return found
 
 
-@triton.jit(do_not_specialize=["T", "per_sequence", "packed"])
+@kernel(do_not_specialize=["T", "per_sequence", "packed"])
 def pair_scores_kernel(
     r1, r1_b, r1_t, r1_h, r1_share, r2, r2_b, r2_t, r2_h, r2_share,
     w1, w1_b, w1_t, w1_h, w1_share, w2, w2_b, w2_t, w2_h, w2_share,

@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.pair_scores import Scores, pair_scores
 from subquad.kernels.triton.prepare import chunk_matrices, inverse, launch, load_matrix, row_tensor, store_matrix
 from subquad.kernels.triton.segments import Segments, segment_bounds
@@ -72,7 +72,7 @@ def prepare_delta(
     return found
 
 
-@triton.jit(do_not_specialize=["beta_b", "g_b", "T", "segment", "per_sequence", "packed"])
+@kernel(do_not_specialize=["beta_b", "g_b", "T", "segment", "per_sequence", "packed"])
 def prepare_delta_kernel(
     q, q_b, q_t, q_h, q_share, k, k_b, k_t, k_h, k_share, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
     pairs, key_until,  # of a decay for every channel, which q and k have in them then

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.pair_scores import Scores, pair_scores
 from subquad.kernels.triton.prepare import chunk_matrices, inverse, launch, load_matrix, row_tensor, store_matrix
 from subquad.kernels.triton.segments import Segments, segment_bounds
@@ -63,7 +63,7 @@ def prepare_dplr(scores: Scores, chunks: Segments, *, reverse: bool = False) -> 
     return found
 
 
-@triton.jit(do_not_specialize=["T", "per_sequence", "packed"])
+@kernel(do_not_specialize=["T", "per_sequence", "packed"])
 def prepare_dplr_kernel(
     # q and a decayed since the chunk's start, or reversed k and b decayed to its end
     pairs, straight, crossing, P, Q, Y, W, table, T, per_sequence, packed, H,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.kernels.operators import operator
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.spans import row_spans, span_of
 from subquad.kernels.triton.tiles import rows
 
@@ -41,7 +42,7 @@ def _channels(condition, col, C: tl.constexpr):
     return tl.where(condition, col < C, False)
 
 
-@triton.jit(do_not_specialize=["f_b", "i_b", "T"])
+@kernel(do_not_specialize=["f_b", "i_b", "T"])
 def _forward(
     f, f_b, f_t, i, i_b, i_t, initial, initial_n, after, m, last, decays, peaks, spans, T,
     C: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
@@ -90,7 +91,7 @@ def _forward(
         tl.store(last + b.to(tl.int64) * initial_n + col, value, mask=col < C)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@kernel(do_not_specialize=["blocks"])
 def _carry(gains, owns, after, blocks, C: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, MAX: tl.constexpr):
     """What stands after each block (MAX), or, from the end, before it."""
     N_BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
@@ -116,7 +117,7 @@ def _carry(gains, owns, after, blocks, C: tl.constexpr, TILE: tl.constexpr, BLOC
         carried = tl.sum(tl.where((row == TILE - 1)[:, None], value, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["f_b", "i_b", "dm_b", "T"])
+@kernel(do_not_specialize=["f_b", "i_b", "dm_b", "T"])
 def _backward(
     f, f_b, f_t, i, i_b, i_t, dm, dm_b, dm_t, initial, initial_n, m, dlast, before, df, di, dinitial, gains, owns,
     spans, T, C: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,

@@ -5,6 +5,7 @@ not know, each segment first finds what it alone adds to the state, a short pass
 state before each, and the real pass starts from there.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from subquad.kernels.triton.launch import kernel
 
 CHUNK = 64  # tokens of a chunk, in every kernel that works in chunks
 PROGRAMS = 264  # that run at once: two on each of the 132 multiprocessors of an H100 or H200
@@ -56,8 +59,8 @@ def cut(like: Tensor, cu_seqlens: Tensor | None, size: int) -> Segments:
     B, T = like.shape[:2]
     if cu_seqlens is None:
         per_sequence = max(-(-T // size), 1)
-        none = like.new_empty(0, dtype=torch.int32)
-        return Segments(B * per_sequence, size, B, per_sequence, 0, none, none, none.view(torch.float32))
+        none, unread = _nothing(like.device)
+        return Segments(B * per_sequence, size, B, per_sequence, 0, none, none, unread)
     n_seqs = cu_seqlens.numel() - 1
     count = T // size + n_seqs
     cu = cu_seqlens.long()
@@ -74,6 +77,13 @@ def cut(like: Tensor, cu_seqlens: Tensor | None, size: int) -> Segments:
     chunk = torch.where(real, first_chunk[sequence] + within // CHUNK, 0)
     table = torch.stack([sequence, start, end, chunk], 1).to(torch.int32)
     return Segments(count, size, n_seqs, 1, 1, table, first.to(torch.int32), table[:0].view(torch.float32))
+
+
+@cache
+def _nothing(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What stands for integers and floats that a kernel does not read."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=torch.int32, device=device), torch.empty(0, device=device)
 
 
 def n_chunks(x: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -111,7 +121,7 @@ def segment_bounds(table, n, T, segment, per_sequence, packed):
     return b.to(tl.int64), start, end, chunk
 
 
-@triton.jit(do_not_specialize=["per_sequence", "packed", "carried", "emit"])
+@kernel(do_not_specialize=["per_sequence", "packed", "carried", "emit"])
 def combine(
     alone, total, initial, starts, ends, last, first, per_sequence, packed, carried, emit, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
@@ -143,7 +153,7 @@ def combine(
     tl.store(last + lane, S, mask=at < K * V * emit)
 
 
-@triton.jit(do_not_specialize=["n_seqs", "total"])
+@kernel(do_not_specialize=["n_seqs", "total"])
 def _clear(x, cu_seqlens, n_seqs, total, WIDTH, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     used = tl.load(cu_seqlens + n_seqs)
     row = tl.program_id(0) * ROWS

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.kernels.operators import operator
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.spans import row_spans, span_of
 from subquad.kernels.triton.tiles import rows
 
@@ -91,7 +92,7 @@ def _keep_last(x, x_t, state, s_n, s_p, last, l_n, l_p, n, start, end, col, D: t
         tl.store(last + n.to(tl.int64) * l_n + j * l_p + col, kept[j], mask=col < D)
 
 
-@triton.jit(do_not_specialize=["x_b", "T"])
+@kernel(do_not_specialize=["x_b", "T"])
 def _forward(
     x, x_b, x_t, weight, w_d, w_w, bias, state, s_n, s_p, last, l_n, l_p, y, spans, T,
     D: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -132,7 +133,7 @@ def _forward(
         _keep_last(x, x_t, state, s_n, s_p, last, l_n, l_p, b, 0, T, col, D, W)
 
 
-@triton.jit(do_not_specialize=["x_b", "T"])
+@kernel(do_not_specialize=["x_b", "T"])
 def _last(
     x, x_b, x_t, state, s_n, s_p, last, l_n, l_p, cu_seqlens, T, D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -146,7 +147,7 @@ def _last(
     _keep_last(x, x_t, state, s_n, s_p, last, l_n, l_p, n, start, end, col, D, W)
 
 
-@triton.jit(do_not_specialize=["x_b", "dy_b", "T", "stretch"])
+@kernel(do_not_specialize=["x_b", "dy_b", "T", "stretch"])
 def _backward(
     x, x_b, x_t, dy, dy_b, dy_t, weight, w_d, w_w, bias, state, s_n, s_p, dlast, dx, partial, spans, T, stretch,
     D: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -231,7 +232,7 @@ def _backward(
             tl.store(partial + w * D + col, sums[w], mask=col < D)
 
 
-@triton.jit(do_not_specialize=["x_b", "dy_b", "T"])
+@kernel(do_not_specialize=["x_b", "dy_b", "T"])
 def _state_backward(
     x, x_b, x_t, dy, dy_b, dy_t, weight, w_d, w_w, bias, state, s_n, s_p, dlast, dstate, cu_seqlens, T,
     D: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,

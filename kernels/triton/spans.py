@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.triton.launch import kernel
 
-@triton.jit(do_not_specialize=["T", "n_seqs"])
+
+@kernel(do_not_specialize=["T", "n_seqs"])
 def _spans(spans, cu_seqlens, T, n_seqs, ROWS: tl.constexpr):
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     low = tl.zeros([ROWS], tl.int32)

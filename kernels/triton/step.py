@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.kernels.triton.configs import config
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.segments import clear_padding
 from subquad.kernels.triton.tiles import load_tile, padded, rows, store_tile
 
@@ -19,7 +20,7 @@ def _vector(base, lane, WIDTH: tl.constexpr):
     return tl.load(base + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["T", "packed", "carried", "emit"])
+@kernel(do_not_specialize=["T", "packed", "carried", "emit"])
 def step_pass(
     # rows [B, T, heads, width] with the strides of B, T, heads and the number of our heads that share one of its
     q, q_b, q_t, q_h, q_share,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from subquad.kernels.triton.fixed_point import boundary, decay_between, load_stacked, load_sums, store_stacked
+from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.segments import segment_bounds
 from subquad.kernels.triton.tiles import dot, load_tile, store_tile
 
@@ -26,7 +27,7 @@ def _halves(x, C: tl.constexpr, HALVES: tl.constexpr):
     return tl.sum(x.reshape(HALVES, C, x.shape[1]), 0)
 
 
-@triton.jit(do_not_specialize=["beta_b", "T", "per_sequence", "packed", "n_rows"])
+@kernel(do_not_specialize=["beta_b", "T", "per_sequence", "packed", "n_rows"])
 def vector_gradient(
     # Row tensors [B, T, heads, width] come with their strides; r and w also with how many of our heads share one.
     r1, r1_b, r1_t, r1_h, r1_share,

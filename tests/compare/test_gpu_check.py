@@ -37,9 +37,9 @@ def fresh(tmp_path, monkeypatch):
 def report(**errors):
     """Doctor's report on ops whose checks ended so, and which of them dispatch blocks after it."""
     outcomes = [
-        found._replace(check=Check(op, None, "cuda:0"))
+        found._replace(check=Check(op, 0, "cuda:0"))
         if isinstance(found, Outcome)
-        else Outcome(Check(op, None, "cuda:0"), found)
+        else Outcome(Check(op, 0, "cuda:0"), found)
         for op, found in errors.items()
     ]
     table, reasons, lines = gpu_check.verdicts(outcomes, "title", "BLOCKED")
@@ -70,7 +70,7 @@ def test_entries_of_other_gpus_and_ops_stay():
         blocked.Blocked("delta_rule", GPU, "3.5.0", "out is nan", "2026-01-02"),
         blocked.Blocked("scan", GPU, TRITON, "out is nan", "2026-01-02"),
     ]
-    outcomes = [Outcome(Check("delta_rule", None, "cuda:0"), RIGHT)]
+    outcomes = [Outcome(Check("delta_rule", 0, "cuda:0"), RIGHT)]
     blocked.path().parent.mkdir(parents=True)
     blocked.path().write_text(json.dumps([entry._asdict() for entry in others]))
     assert gpu_check.keep_list(outcomes, {}, GPU, TRITON) == []
@@ -86,14 +86,14 @@ def test_nan_and_what_is_above_the_tolerance_is_wrong(errors):
 
 
 def test_a_form_that_does_not_run_is_wrong():
-    found = Outcome(Check("scan", None, ""), {}, failure="real does not run (OutOfResources: shared memory)")
+    found = Outcome(Check("scan", 0, ""), {}, failure="real does not run (OutOfResources: shared memory)")
     assert report(scan=found)[3] == ["scan"]
     assert "real does not run (OutOfResources: shared memory)" in blocked.refusal("scan", 0)
 
 
 def test_what_could_not_be_checked_stays_as_it_was():
     report(scan=WRONG)
-    table, lines, _, shut = report(scan=Outcome(Check("scan", None, ""), {}, unknown="scan: not enough GPU memory"))
+    table, lines, _, shut = report(scan=Outcome(Check("scan", 0, ""), {}, unknown="scan: not enough GPU memory"))
     assert shut == ["scan"]
     assert lines == ["scan: not enough GPU memory"]
     assert "not checked" in table
@@ -107,10 +107,11 @@ def test_a_damaged_list_is_told():
 
 
 def test_checks_cover_every_op_and_case():
-    found = gpu_check.checks([*dict.fromkeys(case.op for case in CASES), "scan"], "cuda:0")
+    found = gpu_check.checks([*dict.fromkeys(case.op for case in CASES), "scan"], "cuda:0", (9, 0))
     assert {check.case for check in found} == {None, *(case.name for case in CASES)}
-    assert Check("scan", None, "cuda:0") in found
-    assert gpu_check.checks(["scan"], "cuda:0") == [Check("scan", None, "cuda:0")]
+    assert gpu_check.checks(["scan"], "cuda:0", (9, 0)) == [Check("scan", n, "cuda:0") for n in range(2)]
+    wide = [check for check in found if check.case == "delta" and check.widths[0] == 256]
+    assert wide and next(check for check in found if check.case).widths[0] == 256
 
 
 def test_widths_use_every_entry_of_this_gpu(monkeypatch):
@@ -122,7 +123,8 @@ def test_widths_use_every_entry_of_this_gpu(monkeypatch):
     )
     monkeypatch.setattr(configs, "SHIPPED", {"some": Kernel({}, {}, entries)})
     configs.forget()
-    found = gpu_check.widths((9, 0))
+    assert gpu_check.widths((9, 0), ()) == [(64, 64, torch.bfloat16), (128, 128, torch.bfloat16)]
+    found = gpu_check.widths((9, 0), ("some",))
     monkeypatch.undo()
     configs.forget()
     half, single = torch.bfloat16, torch.float32
@@ -140,7 +142,7 @@ def test_run_tells_errors_from_failures(monkeypatch):
         raise RuntimeError("PassManager::run\nfailed")
 
     monkeypatch.setattr(module, "INTERPRETED", True)
-    check = Check("short_conv", None, "cpu")
+    check = Check("short_conv", 0, "cpu")
     for form, verdict in ((conv._FORMS["naive"], 0), (wrong, 1), (broken, 2)):
         monkeypatch.setattr(conv, "_FORMS", {**conv._FORMS, "triton": form})
         outcome = gpu_check.run(check)
@@ -149,24 +151,44 @@ def test_run_tells_errors_from_failures(monkeypatch):
     assert outcome.failure == "no bias, packed, carried does not run (RuntimeError: PassManager::run failed)"
 
 
-def _dies(check, pipe):
-    os._exit(11)
+def _serve(pipe):
+    """Three kinds of checks: one that kills its process, one that hangs, and one that is right."""
+    while True:
+        check = pipe.recv()
+        if check.op == "dies":
+            os._exit(11)
+        if check.op == "hangs":
+            time.sleep(60)
+        pipe.send(Outcome(check, {"float32": {"out": float(os.getpid())}}))
 
 
-def _hangs(check, pipe):
-    time.sleep(60)
-
-
-@pytest.mark.parametrize(
-    ("child", "limit", "said"),
-    [(_dies, 60, "an example ends its process with code 11"), (_hangs, 0.1, "an example does not end within 0.1 s")],
-)
-def test_a_check_that_dies_or_hangs_is_told(child, limit, said, monkeypatch):
+def test_a_check_that_dies_or_hangs_is_told_and_the_next_one_runs(monkeypatch):
     """In a forked process, which can be given another function to run."""
-    monkeypatch.setattr(gpu_check, "_child", child)
+    monkeypatch.setattr(gpu_check, "_serve", _serve)
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(gpu_check.multiprocessing, "get_context", lambda name: fork)
-    assert gpu_check.isolated(Check("scan", None, "cpu"), limit).failure == said
+    worker = gpu_check.Worker()
+    served = []
+    for op, failure in (
+        ("right", None),
+        ("right", None),
+        ("dies", "example 3 ends its process with code 11"),
+        ("right", None),
+        ("hangs", "KDA at widths 64 and 128 does not end within 0.1 s"),
+        ("right", None),
+    ):
+        check = Check(op, 2, "cpu") if op != "hangs" else Check(op, 0, "cpu", "KDA", (64, 128, torch.bfloat16))
+        outcome = worker.run(check, 0.1 if op == "hangs" else 60)
+        assert outcome.check == check and outcome.failure == failure
+        served += [outcome.errors["float32"]["out"]] if failure is None else []
+    worker.stop()
+    assert served[0] == served[1] and len(set(served)) == 3
+
+
+def test_errors_may_be_what_a_few_roundings_of_the_inputs_make():
+    found = {"float32": {"out": 0.01}, "bfloat16": {"out": 0.03, "last": 0.03}}
+    outcome = Outcome(Check("scan", 0, ""), found, {"bfloat16: out": 0.04})
+    assert outcome.wrong() == ["out is off by 1.0e-02 in float32", "last is off by 3.0e-02 in bfloat16"]
 
 
 def test_one_gpu_of_each_kind_is_checked(monkeypatch):
@@ -176,9 +198,8 @@ def test_one_gpu_of_each_kind_is_checked(monkeypatch):
     assert doctor._gpus() == {"cuda:0": "NVIDIA H200", "cuda:1": "NVIDIA L4"}
 
 
-def test_the_parts_of_an_op_are_all_its_examples():
+def test_the_variants_of_an_op_are_all_its_examples():
     op = "linear_attention"
-    parts = [check for check in gpu_check.checks([op], "cpu") if check.case is None]
-    assert len(parts) > 1
-    names = [e.name for check in parts for e in gpu_check._examples(check, 3, torch.float32)]
-    assert sorted(names) == sorted(e.name for e in examples(op, time=3))
+    checks = gpu_check.checks([op], "cpu")
+    names = [e.name for check in checks for e in gpu_check._examples(check, 3, torch.float32)]
+    assert len(checks) > 1 and sorted(names) == sorted(e.name for e in examples(op, time=3))

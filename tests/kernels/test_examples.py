@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from subquad.errors import UserError
-from subquad.kernels.examples import Draw, carries, differences, examples, load_ops, packs, relative_error, run
+from subquad.kernels.examples import (
+    Draw,
+    carries,
+    differences,
+    examples,
+    load_ops,
+    packs,
+    relative_error,
+    run,
+    sensitivity,
+)
 
 OPS = load_ops()
 
@@ -54,6 +64,20 @@ def test_a_fault_shows(monkeypatch):
     errors = differences(examples("delta_rule", time=7)[0], "torch")
     assert errors["out"] == 0
     assert 1e-4 < errors["gradient of beta"] < 1e-2
+
+
+def test_sensitivity_is_how_far_rounded_inputs_move_the_results():
+    """A sum of products moves by as much as its inputs; a difference that nearly cancels by far more."""
+    example = examples("linear_attention", time=20, dtype=torch.bfloat16)[0]
+    step = torch.finfo(torch.bfloat16).eps / 2
+    assert 0.3 * step < sensitivity(example, step)["out"] < 3 * step
+
+    def difference(q, k):
+        return (q - k).double()
+
+    q = 1 + torch.rand(50)
+    cancels = example._replace(op=difference, inputs={"q": q, "k": q + 1e-3}, options={}, state=None)
+    assert sensitivity(cancels, step)["out"] > 100 * step
 
 
 def test_errors_are_relative_and_see_nan_and_shapes():

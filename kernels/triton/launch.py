@@ -1,0 +1,75 @@
+"""Launching kernels: on the device of what they are given, and without finding out anew what they were compiled for.
+
+Of each argument Triton compiles in whether it is there, its type, whether an address or an integer is a multiple of 16
+and whether an integer is 1. Asking all this costs a launch of 50 arguments 28 us on the host, more than many kernels
+run; a key made by one line of Python and the compiled kernel launched by itself cost 17.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+
+from subquad.kernels.backend import INTERPRETED
+
+
+def kernel(function: Callable[..., None] | None = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
+    """As `triton.jit`, of a function that is launched: `f[grid](tensor, ..., CONSTANT=..., num_warps=...)`.
+
+    Constants come last in the signature and by name in a call. What was an integer in the first call is one in all;
+    everything else is a tensor or None.
+    """
+    if function is None:
+        return partial(kernel, do_not_specialize=do_not_specialize)
+    jitted = triton.jit(function, do_not_specialize=do_not_specialize)
+    # On an AMD GPU Triton also asks how large a tensor is.
+    return jitted if INTERPRETED or torch.version.hip else Kernel(jitted)
+
+
+class Kernel:
+    """A compiled kernel for each key of arguments."""
+
+    def __init__(self, jitted: Any):
+        self.jitted = jitted
+        self.constants = [parameter.name for parameter in jitted.params if parameter.is_constexpr]
+        self.key: Callable[..., tuple] | None = None
+        self.compiled: dict[tuple, tuple[Any, list[Any]]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        index = arguments[0].device.index
+        if index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self._launch(grid, *arguments, **options)
+        if self.key is None:
+            self.key = specialization(self.jitted, arguments)
+        key = (index, self.key(*arguments), *options, *options.values())
+        found = self.compiled.get(key)
+        if found is None:
+            made = self.jitted[grid](*arguments, **options)
+            self.compiled[key] = made, [options[name] for name in self.constants]
+        else:
+            made, constants = found
+            made[*grid, *(1, 1)[: 3 - len(grid)]](*arguments, *constants)
+
+
+def specialization(jitted: Any, arguments: Sequence[Any]) -> Callable[..., tuple]:
+    """A function of arguments like these that tells apart whatever Triton compiles apart."""
+    parts = []
+    parameters = [parameter for parameter in jitted.params if not parameter.is_constexpr]
+    for parameter, argument in zip(parameters, arguments, strict=True):
+        x = parameter.name
+        if not isinstance(argument, int):
+            parts += [f"{x} is not None and {x}.dtype", f"{x} is None or {x}.data_ptr() % 16 == 0"]
+        elif isinstance(argument, bool):
+            raise TypeError(f"{jitted.__name__}: {x} is a bool, which kernels take as a constant or as 0 or 1")
+        else:  # of 64 bits or of 32
+            parts.append(f"{x} >> 31")
+            if not parameter.do_not_specialize:
+                parts.append(f"{x} if {x} < 2 else 2 + ({x} % 16 == 0)")
+    names = ", ".join(parameter.name for parameter in parameters)
+    return eval(f"lambda {names}: ({', '.join(parts)},)")

@@ -1,0 +1,120 @@
+"""Launching: which compiled kernel runs for which arguments."""
+
+import random
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from subquad.kernels.triton.launch import Kernel, specialization  # noqa: E402
+
+
+def _add(x, x_t, T, y, scale, WIDTH, BLOCK=1):
+    pass
+
+
+_add.__annotations__ = dict.fromkeys(("WIDTH", "BLOCK"), triton.language.constexpr)
+STORE = torch.zeros(4096, dtype=torch.uint8)
+
+
+@pytest.fixture
+def jitted():
+    jit = triton.JITFunction(_add, do_not_specialize=["T"])
+    jit.calls = []
+
+    def run(*arguments, grid, warmup, **options):
+        number = len(jit.calls)
+        jit.calls.append(options)
+        return Compiled(number)
+
+    jit.run = run
+    return jit
+
+
+class Compiled:
+    launches: ClassVar[list] = []
+
+    def __init__(self, number):
+        self.number = number
+
+    def __getitem__(self, grid):
+        return lambda *arguments: Compiled.launches.append((self.number, grid, arguments))
+
+
+def tensor(offset, dtype=torch.float32):
+    return STORE[offset : offset + 64].view(dtype)
+
+
+def arguments(r):
+    size = r.choice([1, 2, 16, 17, 48, 2**31, 2**31 + 16, 0])
+    dtype = r.choice([torch.float32, torch.bfloat16])
+    y = r.choice([None, tensor(r.choice([0, 8, 16]))])
+    return tensor(r.choice([0, 16, 32, 8]), dtype), size, r.choice([1, 7, 16, 2**40]), y, r.choice([0, 1, 5])
+
+
+def test_one_key_never_stands_for_two_compilations(jitted):
+    r = random.Random(0)
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(jitted.signature, jitted.params, backend)
+    key, seen = None, {}
+    for _ in range(3000):
+        given = arguments(r)
+        key = key or specialization(jitted, given)
+        _, special, _ = bind(*given, WIDTH=1)
+        assert seen.setdefault(key(*given), special) == special
+    compilations = {str(special) for special in seen.values()}
+    assert 100 < len(compilations) <= len(seen) <= 2 * len(compilations)
+
+
+def test_a_known_key_launches_its_kernel(jitted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as the index of a tensor that is on no GPU
+    monkeypatch.setattr(Compiled, "launches", launches := [])
+    launched = Kernel(jitted)
+    for T in (5, 6):
+        launched[(T,)](tensor(0), 64, T, None, 1, WIDTH=8, BLOCK=4, num_warps=2)
+    assert jitted.calls == [{"WIDTH": 8, "BLOCK": 4, "num_warps": 2}]
+    ((number, grid, given),) = launches
+    assert number == 0 and grid == (6, 1, 1)
+    assert given[1:] == (64, 6, None, 1, 8, 4)
+
+    for options in ({"WIDTH": 8, "BLOCK": 4, "num_warps": 4}, {"WIDTH": 4, "BLOCK": 8, "num_warps": 2}):
+        launched[(1,)](tensor(0), 64, 1, None, 1, **options)
+    launched[(1,)](tensor(8), 64, 1, None, 1, WIDTH=8, BLOCK=4, num_warps=2)
+    assert len(jitted.calls) == 4 and len(launches) == 1
+
+
+def test_kernels_run_where_their_tensors_are(jitted, monkeypatch):
+    where = [0]
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            where.append(self.index)
+
+        def __exit__(self, *_):
+            where.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: where[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(Compiled, "launches", [])
+    devices = []
+    jitted.run = lambda *given, **options: devices.append(where[-1]) or Compiled(len(devices))
+    launched = Kernel(jitted)
+    for index in (1, 0, 1):
+        x = SimpleNamespace(device=Device(index), dtype=torch.float32, data_ptr=lambda: 0)
+        launched[(1,)](x, 1, 1, None, 1, WIDTH=8, BLOCK=1)
+    assert devices == [1, 0] and where == [0]
+
+
+def test_a_bool_is_refused(jitted):
+    with pytest.raises(TypeError, match="scale is a bool"):
+        specialization(jitted, (tensor(0), 1, 1, None, True))

@@ -1,0 +1,20 @@
+"""Which kernels of the table the cases of `compare kernels` use, as `doctor` relies on."""
+
+import pytest
+import torch
+
+from subquad.compare.kernel_cases import CASES, Sizes
+from subquad.kernels import blocked
+from subquad.kernels.examples import run
+from subquad.kernels.triton import configs
+
+pytestmark = pytest.mark.unchecked
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_case_uses_the_kernels_it_names(case):
+    example = case.example(Sizes(1, 9, 2, 16), torch.float32, DEVICE)
+    with configs.recorded() as launched, blocked.ignored():
+        run(example, "triton")
+    assert {kernel for kernel, _ in launched} == set(case.kernels)
