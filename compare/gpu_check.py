@@ -7,7 +7,7 @@ it should not, or never ends, spoils only its own. What is wrong goes to the blo
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from math import inf, isnan
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import Tensor
 
 from subquad.compare.kernel_cases import CASES, Sizes
 from subquad.compare.kernel_timing import copy_rate, floor, measure, trainable
@@ -30,7 +29,14 @@ from subquad.kernels.examples import Example, differences, examples, run_in_plac
 from subquad.kernels.examples import run as run_example
 from subquad.kernels.triton import configs
 
-SETTINGS = {torch.bfloat16: ("fresh", "packed, carried"), torch.float32: ("packed, carried",)}
+IN_PLACE = "in place"  # a few tokens
+SETTINGS = (  # of examples, what takes longest first
+    ("packed, carried", torch.bfloat16),
+    ("packed, carried", torch.float32),
+    ("fresh", torch.bfloat16),
+    (IN_PLACE, torch.bfloat16),
+    (IN_PLACE, torch.float32),
+)
 USUAL = (64, 128)  # head widths checked whatever the table holds
 TIMED = Sizes(8, 2048, 16, 128)
 LIMIT_S = 300  # of one check
@@ -41,38 +47,39 @@ Widths = tuple[int, int, torch.dtype]  # of keys and values
 
 
 class Check(NamedTuple):
-    """Variant number `variant` of an op's examples, or one of its cases at some widths."""
+    """Variant number `variant` of an op's examples in a setting, or one of its cases at some widths."""
 
     op: str
-    variant: int
     device: str
+    dtype: torch.dtype
+    variant: int = 0
+    setting: str = ""
     case: str | None = None
-    widths: Widths | None = None
+    widths: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
-        if self.widths is None:
-            return f"example {self.variant + 1}"
+        if self.case is None:
+            return f"example {self.variant + 1}, {self.setting},"
         return f"{self.case} at widths {self.widths[0]} and {self.widths[1]}"
 
 
 class Outcome(NamedTuple):
-    """Errors by dtype and name, with what is allowed where that is more than usual; why the form did not run; or why
-    nothing can be said."""
+    """Errors by name, with what is allowed where that is more than usual; why the form did not run; or why nothing can
+    be said."""
 
     check: Check
-    errors: dict[str, dict[str, float]]
+    errors: Mapping[str, float]
     allowed: Mapping[str, float] = {}
     failure: str | None = None
     unknown: str | None = None
 
     def wrong(self) -> list[str]:
         """What is wrong with the op, as ends of sentences."""
+        usual = TOLERANCE[self.check.dtype]
         found = [
-            f"{name} is off by {x:.1e} in {dtype}"
-            for dtype, named in self.errors.items()
-            for name, x in named.items()
-            # NaN is not below it either
-            if not x < max(TOLERANCE[getattr(torch, dtype)], self.allowed.get(f"{dtype}: {name}", 0.0))
+            f"{name} is off by {x:.1e} in {str(self.check.dtype).removeprefix('torch.')}"
+            for name, x in self.errors.items()
+            if not x < max(usual, self.allowed.get(name, 0.0))  # NaN is not below it either
         ]
         return found + ([self.failure] if self.failure else [])
 
@@ -80,12 +87,17 @@ class Outcome(NamedTuple):
 def checks(ops: Iterable[str], device: str, capability: tuple[int, int] | None = None) -> list[Check]:
     """All there is to check, what takes longest first; cases where the GPU's compute capability is given."""
     chosen = set(ops)
-    variants = [(number, op) for op in chosen for number in range(_variants(examples(op, time=2)))]
-    found = [Check(op, number, device) for number, op in sorted(variants)]
+    variants = sorted((number, op) for op in chosen for number in range(_variants(examples(op, time=2))))
+    found = [
+        Check(op, device, dtype, number, setting)
+        for setting, dtype in SETTINGS
+        for number, op in variants
+        if device != "cpu" or dtype == torch.float32  # the interpreter's bfloat16 is wrong
+    ]
     if capability is not None:
         cases = [(case, size) for case in CASES if case.op in chosen for size in widths(capability, case.kernels)]
         cases.sort(key=lambda pair: pair[1][:2], reverse=True)
-        found += [Check(case.op, 0, device, case.name, size) for case, size in cases]
+        found += [Check(case.op, device, dtype, case=case.name, widths=(K, V)) for case, (K, V, dtype) in cases]
     return found
 
 
@@ -93,11 +105,15 @@ def _variants(found: Sequence[Example]) -> int:
     return sum(example.name.endswith(", fresh") for example in found)
 
 
-def _examples(check: Check, time: int, dtype: torch.dtype) -> list[Example]:
+def _examples(check: Check) -> list[Example]:
     """Those of this check; each setting has all variants in the same order."""
-    found = examples(check.op, time=time, dtype=dtype, device=check.device)
+    time = 3 if check.setting == IN_PLACE else 20 if check.device == "cpu" else 70  # the interpreter is slow
+    found = examples(check.op, time=time, dtype=check.dtype, device=check.device)
     variants = _variants(found)
-    return [e for number, e in enumerate(found) if number % variants == check.variant]
+    mine = [e for number, e in enumerate(found) if number % variants == check.variant]
+    if check.setting == IN_PLACE:
+        return [e._replace(name=f"{e.name}, {IN_PLACE}") for e in mine if e.state is not None]
+    return [e for e in mine if e.name.endswith(f", {check.setting}")]
 
 
 class Running:
@@ -173,18 +189,18 @@ def _serve(pipe: Any) -> None:
 
 
 def run(check: Check) -> Outcome:
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, float] = {}
     allowed: dict[str, float] = {}
-    name = str(check)
+    name, how = str(check), run_in_place if check.setting == IN_PLACE else run_example
     try:
-        for dtype, example, how in _calls(check):
+        for example in [_at_widths(check)] if check.case else _examples(check):
             name = example.name
             with blocked.ignored():
                 seen = differences(example, "triton", how)
-            _keep(found, dtype, name, seen)
-            if how is run_example and any(x >= TOLERANCE[dtype] for x in seen.values()):
-                moved = sensitivity(example, torch.finfo(dtype).eps / 2)
-                allowed |= {f"{_name(dtype)}: {name}: {what}": ROUNDINGS * x for what, x in moved.items()}
+            found |= {f"{name}: {what}": x for what, x in seen.items()}
+            if any(x >= TOLERANCE[check.dtype] for x in seen.values()):
+                moved = sensitivity(example, torch.finfo(check.dtype).eps / 2, how)
+                allowed |= {f"{name}: {what}": ROUNDINGS * x for what, x in moved.items()}
     except torch.OutOfMemoryError:
         return Outcome(check, found, unknown=f"{check.op}: not enough GPU memory for {name}")
     except Exception as error:  # a compiler's or a driver's, whatever it is: the form does not run here
@@ -193,33 +209,10 @@ def run(check: Check) -> Outcome:
     return Outcome(check, found, allowed)
 
 
-def _calls(check: Check) -> Iterator[tuple[torch.dtype, Example, Callable[..., dict[str, Tensor]]]]:
-    """The calls of a check, and what runs each."""
-    if check.widths is not None:
-        case = next(case for case in CASES if case.name == check.case)
-        K, V, dtype = check.widths
-        example = case.example(Sizes(1, SHORT, 2, K, V), dtype, torch.device(check.device))
-        yield dtype, example._replace(name=str(check)), run_example
-        return
-    for dtype, settings in SETTINGS.items():
-        if check.device == "cpu" and dtype != torch.float32:
-            continue  # the interpreter's bfloat16 is wrong
-        time = 20 if check.device == "cpu" else 70  # the interpreter is slow
-        for example in _examples(check, time, dtype):
-            if any(example.name.endswith(f", {setting}") for setting in settings):
-                yield dtype, example, run_example
-        for example in _examples(check, 3, dtype):
-            if example.state is not None:
-                yield dtype, example._replace(name=f"{example.name}, in place"), run_in_place
-
-
-def _keep(found: dict[str, dict[str, float]], dtype: torch.dtype, name: str, seen: dict[str, float]) -> None:
-    kept = found.setdefault(_name(dtype), {})
-    kept |= {f"{name}: {what}": x for what, x in seen.items()}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _at_widths(check: Check) -> Example:
+    case = next(case for case in CASES if case.name == check.case)
+    example = case.example(Sizes(1, SHORT, 2, *check.widths), check.dtype, torch.device(check.device))
+    return example._replace(name=str(check))
 
 
 def widths(capability: tuple[int, int], kernels: Iterable[str]) -> list[Widths]:
@@ -245,10 +238,10 @@ def verdicts(outcomes: Sequence[Outcome], title: str, bad: str) -> tuple[Table, 
         wrong = [reason for outcome in mine for reason in outcome.wrong()]
         unknown = [outcome.unknown for outcome in mine if outcome.unknown]
         worst = []
-        for dtype in ("float32", "bfloat16"):
-            seen = [x for outcome in mine for x in outcome.errors.get(dtype, {}).values()]
+        for dtype in (torch.float32, torch.bfloat16):
+            seen = [x for outcome in mine if outcome.check.dtype == dtype for x in outcome.errors.values()]
             worst.append(f"{max(seen, key=lambda x: inf if isnan(x) else x):.1e}" if seen else "-")
-        count = sum(len(named) for outcome in mine for named in outcome.errors.values())
+        count = sum(len(outcome.errors) for outcome in mine)
         verdict = f"[bold]{bad}[/bold]" if wrong else "not checked" if unknown else "PASS"
         table.add_row(op, str(count), *worst, verdict)
         if wrong:

@@ -167,7 +167,9 @@ def differences(
     return {name: relative_error(ours[name].cpu(), reference[name]) for name in reference}
 
 
-def sensitivity(example: Example, step: float) -> dict[str, float]:
+def sensitivity(
+    example: Example, step: float, run: Callable[[Example, str], dict[str, Tensor]] = run
+) -> dict[str, float]:
     """How far the definition's results move when each input does by up to `step` of itself."""
     example = example.to(torch.float64).to("cpu")
     generator = torch.Generator().manual_seed(0)

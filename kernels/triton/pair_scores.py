@@ -4,14 +4,17 @@ Reader i and writer j <= i meet as s_ij = sum_c r_ic exp(G_ic - G_jc) w_jc, wher
 product of matrices the exponential has to split, about a token between i and j lest one part overflow: for blocks of 1,
 2, 4, ... tokens, late readers decayed since the boundary to the block before meet early writers decayed to it. Each row
 is a reader or a writer on a level, so one tile X holds both, and X X^T all that meet there: log2 C products.
-(Yang et al. 2023, arXiv:2312.06635, cut chunks once more for the same reason.) Where a chunk cannot decay by more than
-2^-MILDEST, the chunk's start serves all pairs: one product.
+(Yang et al. 2023, arXiv:2312.06635, cut chunks once more for the same reason.) Until a channel has decayed by more
+than 2^-MILDEST since the chunk's start, that serves as the token between for all pairs: one product. It is made for all
+readers, and the others made anew in a second launch, which ends at once for chunks that have none. So what a reader
+gets depends on tokens before it alone.
 """
 
 from math import log
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -28,7 +31,9 @@ from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
 from subquad.kernels.triton.tiles import columns, precision, shared
 
-MILDEST = 96  # bits; what is multiplied by 2^96 may be 2^31 large itself
+MILDEST = 64  # bits
+LEAST = tl.constexpr(-MILDEST * 2**20)  # as sums have it
+LOST = tl.constexpr(2.0 ** -(MILDEST + 1))  # what writers decayed to after that does not matter, but for being finite
 
 
 def mild(floor: float | None) -> bool:
@@ -70,7 +75,7 @@ def pair_scores(
     """r, w: [B, T, heads, K], all of one dtype, whose heads divide H; g: [B, T, H, K] of any strides; bonus: [H, K] or
     None; chunks = cut(r1, cu_seqlens, CHUNK); `dtype` is that of the pairs. Rows of no sequence stay unwritten.
 
-    A second writer needs a second reader. `single`: one product will do, as `mild` says.
+    A second writer needs a second reader. `single`: one product will do for all readers, as `mild` says.
     """
     H, K = g.shape[2:]
     n, readers, writers = chunks.count, 1 + (r2 is not None), 1 + (w2 is not None)
@@ -80,13 +85,21 @@ def pair_scores(
         values = config("pair_scores", device=r1.device, K=K, readers=readers, writers=writers)
         values["BLOCK_K"] = columns(K, r1.dtype, values["BLOCK_K"])
         inputs = [argument for x in (r1, r2, w1, w2) for argument in shared(x, H)]
-        pair_scores_kernel[(n * H,)](
-            *inputs, None if bonus is None else bonus.float().contiguous(), found.sums, found.whole, *found[:5],
-            chunks.table, r1.shape[1], chunks.per_sequence, chunks.packed, H, K=K, C=CHUNK,
-            LEVELS=CHUNK.bit_length() - 1, READERS=readers, WRITERS=writers, EXCLUSIVE1=exclusive[0],
-            EXCLUSIVE2=exclusive[1], SINGLE=single, **precision(r1.dtype), **values,
-        )  # fmt: skip
+        for once in (True,) if single else (True, False):
+            pair_scores_kernel[(n * H,)](
+                *inputs, None if bonus is None else bonus.float().contiguous(), found.sums, found.whole, *found[:5],
+                chunks.table, r1.shape[1], chunks.per_sequence, chunks.packed, H, K=K, C=CHUNK,
+                LEVELS=CHUNK.bit_length() - 1, READERS=readers, WRITERS=writers, EXCLUSIVE1=exclusive[0],
+                EXCLUSIVE2=exclusive[1], SINGLE=once, **precision(r1.dtype), **values,
+            )  # fmt: skip
     return found
+
+
+@triton.jit
+def gentle(sums, K: tl.constexpr, C: tl.constexpr):
+    """Whether one product serves all readers of a chunk."""
+    col = tl.arange(0, triton.next_power_of_2(K))
+    return tl.min(tl.load(sums + (C - 1) * K + col, mask=col < K, other=0), 0) >= LEAST
 
 
 @kernel(do_not_specialize=["T", "per_sequence", "packed"])
@@ -105,6 +118,8 @@ def pair_scores_kernel(
     first = start.to(tl.int64)
     here = tl.program_id(0).to(tl.int64)
     sums += here * (C * K)
+    if not SINGLE and gentle(sums, K, C):
+        return
     r1 += b * r1_b + first * r1_t + (h // r1_share) * r1_h
     w1 += b * w1_b + first * w1_t + (h // w1_share) * w1_h
     if READERS == 2:
@@ -124,18 +139,35 @@ def pair_scores_kernel(
     beyond = column >= C
     last = tl.full([1], C - 1, tl.int32)
     out = ((b * T + first) * H + h) * K
+    r1_since += out
+    w1_until += out
+    if READERS == 2:
+        r2_since += out
+    if WRITERS == 2:
+        w2_until += out
     own1 = tl.zeros([LINES], tl.float32)
     own2 = tl.zeros([LINES], tl.float32)
     scores = tl.zeros([LINES, COLUMNS], tl.float32)
+    strong = tl.zeros([LINES], tl.int32)  # whether one product does not serve a reader
     for c in tl.static_range(0, K, BLOCK_K):
         col = c + tl.arange(0, BLOCK_K)
         reader = load_stacked(r1, r1_t, r2, r2_t, row, upper, row < count, col, K)
         writer = load_stacked(w1, w1_t, w2, w2_t, token, beyond, token < count, col, K)
-        since = reader.to(tl.float32) * decay_between(load_sums(sums, row - exclusive, col, K), 0)
+        seen = load_sums(sums, row - exclusive, col, K)
         if SINGLE:
-            y = writer.to(tl.float32) / decay_between(load_sums(sums, token, col, K), 0)
+            since = reader.to(tl.float32) * decay_between(seen, 0)
+            decay = tl.maximum(decay_between(load_sums(sums, token, col, K), 0), LOST)
+            y = writer.to(tl.float32) / decay
             scores = tl.dot(since.to(DOT), tl.trans(y.to(DOT)), scores, input_precision=PRECISION)
+            # The rows themselves. A NaN among the gates is none among their sums: pass it on.
+            sane = tl.load(whole + here * K + col, mask=col < K, other=0.0)[None, :] * 0.0 + 1.0
+            since *= sane
+            store_stacked(r1_since, r2_since, H * K, row, upper, row < count, col, since, K)
+            until = decay_between(load_sums(sums, token, col, K), load_sums(sums, last, col, K))
+            until *= writer.to(tl.float32)
+            store_stacked(w1_until, w2_until, H * K, token, beyond, token < count, col, until, K)
         else:
+            strong |= tl.max((seen < LEAST).to(tl.int32), 1)
             for level in range(LEVELS):
                 second = (row >> level) % 2 == 1
                 factor = decay_between(
@@ -155,17 +187,8 @@ def pair_scores_kernel(
                 before = tl.where(second, (row >> level) - 1, -1)
                 scores = tl.where(before[:, None] == (token >> level)[None, :], added, scores)
 
-        # The rows themselves, and each token with itself. A NaN among the gates is none among their sums: pass it on.
-        sane = tl.load(whole + here * K + col, mask=col < K, other=0.0)[None, :] * 0.0 + 1.0
+        # Each token with itself.
         reader = reader.to(tl.float32)
-        since *= sane
-        store_stacked(
-            r1_since + out, None if r2 is None else r2_since + out, H * K, row, upper, row < count, col, since, K
-        )
-        until = writer.to(tl.float32) * decay_between(load_sums(sums, token, col, K), load_sums(sums, last, col, K))
-        store_stacked(
-            w1_until + out, None if w2 is None else w2_until + out, H * K, token, beyond, token < count, col, until, K
-        )
         mine = load_stacked(w1, w1_t, None, 0, row, row < 0, row < count, col, K).to(tl.float32)
         if bonus is not None:
             own1 += tl.sum(reader * mine * tl.load(bonus + h * K + col, mask=col < K, other=0.0)[None, :], 1)
@@ -180,4 +203,5 @@ def pair_scores_kernel(
     if WRITERS == 2:
         scores += tl.where(line[:, None] + C == column[None, :], own2[:, None], 0.0)
     pairs += here * (LINES * COLUMNS)
-    tl.store(pairs + line[:, None] * COLUMNS + column[None, :], scores.to(pairs.dtype.element_ty))
+    due = True if SINGLE else (strong > 0)[:, None]
+    tl.store(pairs + line[:, None] * COLUMNS + column[None, :], scores.to(pairs.dtype.element_ty), mask=due)

@@ -5,9 +5,9 @@
 
 As in `pair_scores` each token is a reader or a writer on a level, so the symmetric matrix of all y . x times one tile
 of both gives the gradients of the readers that meet writers there, and of those writers. Lines are the tokens of the
-first reader and writer, and then those of the second, where there is one. A program takes some columns of K. SINGLE as
-in `pair_scores`: all readers decayed since the chunk's start, all writers back to it, two products; not for the delta
-rule, whose readers weigh.
+first reader and writer, and then those of the second, where there is one. A program takes some columns of K. As in
+`pair_scores` one launch (SINGLE) does the chunks where two products serve all, readers decayed since the chunk's start
+and writers back to it, and another the rest.
 """
 
 import triton
@@ -15,6 +15,7 @@ import triton.language as tl
 
 from subquad.kernels.triton.fixed_point import boundary, decay_between, load_stacked, load_sums, store_stacked
 from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.pair_scores import gentle
 from subquad.kernels.triton.segments import segment_bounds
 from subquad.kernels.triton.tiles import dot, load_tile, store_tile
 
@@ -49,7 +50,7 @@ def vector_gradient(
     table, T, per_sequence, packed, n_rows, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, HALVES: tl.constexpr, EXCLUSIVE1: tl.constexpr, EXCLUSIVE2: tl.constexpr,
-    SINGLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SINGLE: tl.constexpr, ALL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     LINES: tl.constexpr = HALVES * C
@@ -64,12 +65,14 @@ def vector_gradient(
         if dbonus is not None:
             tl.store(dbonus + here * K + col, tl.zeros([BLOCK_K], tl.float32), mask=col < K)
         return
+    sums += here * (C * K)
+    if not ALL and gentle(sums, K, C) != SINGLE:
+        return
     at = start.to(tl.int64)
     line = tl.arange(0, LINES)
     row = line % C
     upper = line >= C
     inside = row < end - start
-    sums += here * (C * K)
     r1 += b * r1_b + at * r1_t + (h // r1_share) * r1_h
     w1 += b * w1_b + at * w1_t + (h // w1_share) * w1_h
     if HALVES == 2:
@@ -98,7 +101,10 @@ def vector_gradient(
         near = row[:, None] > row[None, :]
         read += dot(tl.where(near, met_by, 0.0), writer.to(tl.float32) * back, DOT, PRECISION) * since
         near = row[:, None] < row[None, :]
-        kept += dot(tl.where(near, met_by, 0.0), reader.to(tl.float32) * since, DOT, PRECISION) * back
+        late = reader.to(tl.float32) * since
+        if DELTA:
+            late *= weight[:, None]
+        kept += dot(tl.where(near, met_by, 0.0), late, DOT, PRECISION) * back
     else:
         for level in range(LEVELS):
             second = (row >> level) % 2 == 1

@@ -68,8 +68,8 @@ def test_triton_forms_without_a_gpu_are_checked_under_the_interpreter_only(inter
 def test_a_gpu_report_blocks_what_is_wrong(capsys, monkeypatch):
     """The whole command, with the checks of a GPU that is not there."""
     outcomes = [
-        gpu_check.Outcome(gpu_check.Check("short_conv", 0, "cuda:0"), {"float32": {"bias, fresh: out": 0.5}}),
-        gpu_check.Outcome(gpu_check.Check("scan", 0, "cuda:0"), {"float32": {"real, fresh: out": 1e-6}}),
+        gpu_check.Outcome(gpu_check.Check("short_conv", "cuda:0", torch.float32), {"bias, fresh: out": 0.5}),
+        gpu_check.Outcome(gpu_check.Check("scan", "cuda:0", torch.float32), {"real, fresh: out": 1e-6}),
     ]
     monkeypatch.setattr("subquad.compare.doctor.load_ops", lambda: {"short_conv": ("naive", "torch", "triton")})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

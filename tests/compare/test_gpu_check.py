@@ -20,8 +20,9 @@ from subquad.kernels.triton import configs
 from subquad.kernels.triton.configs import Entry, Kernel
 
 GPU, TRITON = "Fake GPU", "3.6.9"
-RIGHT = {"float32": {"out": 1e-6}, "bfloat16": {"out": 4e-3}}
-WRONG = {"float32": {"out": 1e-6}, "bfloat16": {"out": 4e-3, "gradient of q": 0.3}}
+SINGLE, HALF = torch.float32, torch.bfloat16
+RIGHT = {SINGLE: {"out": 1e-6}, HALF: {"out": 4e-3}}
+WRONG = {SINGLE: {"out": 1e-6}, HALF: {"out": 4e-3, "gradient of q": 0.3}}
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +37,12 @@ def fresh(tmp_path, monkeypatch):
 
 def report(**errors):
     """Doctor's report on ops whose checks ended so, and which of them dispatch blocks after it."""
-    outcomes = [
-        found._replace(check=Check(op, 0, "cuda:0"))
-        if isinstance(found, Outcome)
-        else Outcome(Check(op, 0, "cuda:0"), found)
-        for op, found in errors.items()
-    ]
+    outcomes = []
+    for op, found in errors.items():
+        if isinstance(found, Outcome):
+            outcomes.append(found._replace(check=Check(op, "cuda:0", SINGLE)))
+        else:
+            outcomes += [Outcome(Check(op, "cuda:0", dtype), seen) for dtype, seen in found.items()]
     table, reasons, lines = gpu_check.verdicts(outcomes, "title", "BLOCKED")
     said = gpu_check.keep_list(outcomes, reasons, GPU, TRITON)
     console = Console(width=100)
@@ -70,7 +71,7 @@ def test_entries_of_other_gpus_and_ops_stay():
         blocked.Blocked("delta_rule", GPU, "3.5.0", "out is nan", "2026-01-02"),
         blocked.Blocked("scan", GPU, TRITON, "out is nan", "2026-01-02"),
     ]
-    outcomes = [Outcome(Check("delta_rule", 0, "cuda:0"), RIGHT)]
+    outcomes = [Outcome(Check("delta_rule", "cuda:0", HALF), RIGHT[HALF])]
     blocked.path().parent.mkdir(parents=True)
     blocked.path().write_text(json.dumps([entry._asdict() for entry in others]))
     assert gpu_check.keep_list(outcomes, {}, GPU, TRITON) == []
@@ -80,20 +81,20 @@ def test_entries_of_other_gpus_and_ops_stay():
     assert blocked.read()[3].reason == "worse"
 
 
-@pytest.mark.parametrize("errors", [{"float32": {"out": float("nan")}}, {"float32": {"out": 2e-4}}])
+@pytest.mark.parametrize("errors", [{SINGLE: {"out": float("nan")}}, {SINGLE: {"out": 2e-4}}])
 def test_nan_and_what_is_above_the_tolerance_is_wrong(errors):
     assert report(scan=errors)[3] == ["scan"]
 
 
 def test_a_form_that_does_not_run_is_wrong():
-    found = Outcome(Check("scan", 0, ""), {}, failure="real does not run (OutOfResources: shared memory)")
+    found = Outcome(Check("scan", "", HALF), {}, failure="real does not run (OutOfResources: shared memory)")
     assert report(scan=found)[3] == ["scan"]
     assert "real does not run (OutOfResources: shared memory)" in blocked.refusal("scan", 0)
 
 
 def test_what_could_not_be_checked_stays_as_it_was():
     report(scan=WRONG)
-    table, lines, _, shut = report(scan=Outcome(Check("scan", 0, ""), {}, unknown="scan: not enough GPU memory"))
+    table, lines, _, shut = report(scan=Outcome(Check("scan", "", HALF), {}, unknown="scan: not enough GPU memory"))
     assert shut == ["scan"]
     assert lines == ["scan: not enough GPU memory"]
     assert "not checked" in table
@@ -109,7 +110,8 @@ def test_a_damaged_list_is_told():
 def test_checks_cover_every_op_and_case():
     found = gpu_check.checks([*dict.fromkeys(case.op for case in CASES), "scan"], "cuda:0", (9, 0))
     assert {check.case for check in found} == {None, *(case.name for case in CASES)}
-    assert gpu_check.checks(["scan"], "cuda:0", (9, 0)) == [Check("scan", n, "cuda:0") for n in range(2)]
+    settings = {(check.setting, check.dtype, check.variant) for check in gpu_check.checks(["scan"], "cuda:0", (9, 0))}
+    assert settings == {(setting, dtype, n) for setting, dtype in gpu_check.SETTINGS for n in range(2)}
     wide = [check for check in found if check.case == "delta" and check.widths[0] == 256]
     assert wide and next(check for check in found if check.case).widths[0] == 256
 
@@ -142,11 +144,11 @@ def test_run_tells_errors_from_failures(monkeypatch):
         raise RuntimeError("PassManager::run\nfailed")
 
     monkeypatch.setattr(module, "INTERPRETED", True)
-    check = Check("short_conv", 0, "cpu")
+    check = Check("short_conv", "cpu", SINGLE, setting="packed, carried")
     for form, verdict in ((conv._FORMS["naive"], 0), (wrong, 1), (broken, 2)):
         monkeypatch.setattr(conv, "_FORMS", {**conv._FORMS, "triton": form})
         outcome = gpu_check.run(check)
-        assert set(outcome.errors) == ({"float32"} if verdict < 2 else set())
+        assert bool(outcome.errors) == (verdict < 2)
         assert bool(outcome.wrong()) == (verdict > 0)
     assert outcome.failure == "no bias, packed, carried does not run (RuntimeError: PassManager::run failed)"
 
@@ -159,7 +161,7 @@ def _serve(pipe):
             os._exit(11)
         if check.op == "hangs":
             time.sleep(60)
-        pipe.send(Outcome(check, {"float32": {"out": float(os.getpid())}}))
+        pipe.send(Outcome(check, {"out": float(os.getpid())}))
 
 
 def test_a_check_that_dies_or_hangs_is_told_and_the_next_one_runs(monkeypatch):
@@ -172,23 +174,25 @@ def test_a_check_that_dies_or_hangs_is_told_and_the_next_one_runs(monkeypatch):
     for op, failure in (
         ("right", None),
         ("right", None),
-        ("dies", "example 3 ends its process with code 11"),
+        ("dies", "example 3, fresh, ends its process with code 11"),
         ("right", None),
         ("hangs", "KDA at widths 64 and 128 does not end within 0.1 s"),
         ("right", None),
     ):
-        check = Check(op, 2, "cpu") if op != "hangs" else Check(op, 0, "cpu", "KDA", (64, 128, torch.bfloat16))
+        check = Check(op, "cpu", HALF, 2, "fresh")
+        if op == "hangs":
+            check = Check(op, "cpu", HALF, case="KDA", widths=(64, 128))
         outcome = worker.run(check, 0.1 if op == "hangs" else 60)
         assert outcome.check == check and outcome.failure == failure
-        served += [outcome.errors["float32"]["out"]] if failure is None else []
+        served += [outcome.errors["out"]] if failure is None else []
     worker.stop()
     assert served[0] == served[1] and len(set(served)) == 3
 
 
 def test_errors_may_be_what_a_few_roundings_of_the_inputs_make():
-    found = {"float32": {"out": 0.01}, "bfloat16": {"out": 0.03, "last": 0.03}}
-    outcome = Outcome(Check("scan", 0, ""), found, {"bfloat16: out": 0.04})
-    assert outcome.wrong() == ["out is off by 1.0e-02 in float32", "last is off by 3.0e-02 in bfloat16"]
+    outcome = Outcome(Check("scan", "", HALF), {"out": 0.03, "last": 0.03, "first": 0.01}, {"out": 0.04})
+    assert outcome.wrong() == ["last is off by 3.0e-02 in bfloat16"]
+    assert Outcome(Check("scan", "", SINGLE), {"out": 0.01}).wrong() == ["out is off by 1.0e-02 in float32"]
 
 
 def test_one_gpu_of_each_kind_is_checked(monkeypatch):
@@ -198,8 +202,13 @@ def test_one_gpu_of_each_kind_is_checked(monkeypatch):
     assert doctor._gpus() == {"cuda:0": "NVIDIA H200", "cuda:1": "NVIDIA L4"}
 
 
-def test_the_variants_of_an_op_are_all_its_examples():
+def test_checks_are_all_examples_of_an_op():
+    """Fresh, packed and carried, and in place in every setting."""
     op = "linear_attention"
-    checks = gpu_check.checks([op], "cpu")
-    names = [e.name for check in checks for e in gpu_check._examples(check, 3, torch.float32)]
-    assert len(checks) > 1 and sorted(names) == sorted(e.name for e in examples(op, time=3))
+    names = [
+        e.name for check in gpu_check.checks([op], "cuda") for e in gpu_check._examples(check._replace(device="cpu"))
+    ]
+    variants = {e.name.removesuffix(", fresh") for e in examples(op, time=3) if e.name.endswith(", fresh")}
+    assert len(names) == len(variants) * (3 + 2 * 2) and len(variants) > 3
+    for setting in ("fresh", "packed, carried", "carried, in place", "packed, carried, in place"):
+        assert {f"{variant}, {setting}" for variant in variants} <= set(names)
