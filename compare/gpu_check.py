@@ -18,7 +18,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from subquad.compare.kernel_cases import CASES, Sizes
+from subquad.compare.kernel_cases import CASES, Case, Sizes
 from subquad.compare.kernel_timing import copy_rate, floor, measure, trainable
 from subquad.compare.kernel_tune import SHORT, TOLERANCE
 from subquad.infer.output import write_atomically
@@ -29,6 +29,8 @@ from subquad.kernels.examples import Example, differences, examples, run_in_plac
 from subquad.kernels.examples import run as run_example
 from subquad.kernels.triton import configs
 
+Widths = tuple[int, int, torch.dtype]  # of keys and values
+
 IN_PLACE = "in place"  # a few tokens
 SETTINGS = (  # of examples, what takes longest first
     ("packed, carried", torch.bfloat16),
@@ -37,13 +39,11 @@ SETTINGS = (  # of examples, what takes longest first
     (IN_PLACE, torch.bfloat16),
     (IN_PLACE, torch.float32),
 )
-USUAL = (64, 128)  # head widths checked whatever the table holds
+USUAL = ((128, 128, torch.bfloat16), (64, 64, torch.bfloat16))  # checked whatever the table holds
 TIMED = Sizes(8, 2048, 16, 128)
 LIMIT_S = 300  # of one check
 MEMORY = 2**30  # bytes of the GPU that a process is given room for
 ROUNDINGS = 5  # an error may be as large as this many roundings of the inputs make it, where that is more
-
-Widths = tuple[int, int, torch.dtype]  # of keys and values
 
 
 class Check(NamedTuple):
@@ -95,9 +95,8 @@ def checks(ops: Iterable[str], device: str, capability: tuple[int, int] | None =
         if device != "cpu" or dtype == torch.float32  # the interpreter's bfloat16 is wrong
     ]
     if capability is not None:
-        cases = [(case, size) for case in CASES if case.op in chosen for size in widths(capability, case.kernels)]
-        cases.sort(key=lambda pair: pair[1][:2], reverse=True)
-        found += [Check(case.op, device, dtype, case=case.name, widths=(K, V)) for case, (K, V, dtype) in cases]
+        cases = [(case, at) for case, at in _cases(capability) if case.op in chosen]
+        found = [Check(case.op, device, at[2], case=case.name, widths=at[:2]) for case, at in cases] + found
     return found
 
 
@@ -211,20 +210,29 @@ def run(check: Check) -> Outcome:
 
 def _at_widths(check: Check) -> Example:
     case = next(case for case in CASES if case.name == check.case)
-    example = case.example(Sizes(1, SHORT, 2, *check.widths), check.dtype, torch.device(check.device))
+    # With the heads of what is timed afterwards, which is compiled by that; else with few, as the plain form is slow.
+    heads = TIMED.H if check.widths == (TIMED.D, TIMED.D) else 2
+    example = case.example(Sizes(1, SHORT, heads, *check.widths), check.dtype, torch.device(check.device))
     return example._replace(name=str(check))
 
 
-def widths(capability: tuple[int, int], kernels: Iterable[str]) -> list[Widths]:
-    """Those that between them use every entry of these kernels for this GPU."""
-    found = {(width, width, torch.bfloat16): None for width in USUAL}
-    table = configs.table()
-    for kernel in kernels:
-        for entry in table[kernel].entries:
+def _cases(capability: tuple[int, int]) -> list[tuple[Case, Widths]]:
+    """Every case at usual widths, and for each other width that a kernel has an entry for, one that launches it."""
+    entries: dict[Widths, set[str]] = {}
+    for kernel, known in configs.table().items():
+        for entry in known.entries:
             if entry.capability == capability and "K" in entry.widths:
                 dtype = torch.float32 if entry.widths.get("size") == 4 else torch.bfloat16
-                found[entry.widths["K"], entry.widths.get("V", entry.widths["K"]), dtype] = None
-    return list(found)
+                at = entry.widths["K"], entry.widths.get("V", entry.widths["K"]), dtype
+                entries.setdefault(at, set()).add(kernel)
+    found: list[tuple[Case, Widths]] = []
+    for at, kernels in entries.items():
+        for case in CASES:
+            if kernels.intersection(case.kernels) and at not in USUAL:
+                found.append((case, at))
+                kernels.difference_update(case.kernels)
+    found.sort(key=lambda pair: pair[1][:2], reverse=True)  # what takes longest first
+    return found + [(case, at) for at in USUAL for case in CASES]
 
 
 def verdicts(outcomes: Sequence[Outcome], title: str, bad: str) -> tuple[Table, dict[str, str], list[str]]:

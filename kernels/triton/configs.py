@@ -63,9 +63,14 @@ SHIPPED: dict[str, Kernel] = {
         entries=(Entry(H200, {"K": 128, "gates": 1}, {"BLOCK_K": 128, "num_warps": 4, "num_stages": 1}),)
     ),
     "prepare_dplr": _PREPARE,
-    # The pairs of `readers` and `writers` under a decay for every channel, before those.
+    # Pairs of `readers` and `writers` under a decay for every channel, before those; `levels`: 0 one product, 1 many.
     "pair_scores": _PREPARE._replace(
         entries=(
+            Entry(
+                H200,
+                {"K": 128, "readers": 2, "writers": 2, "levels": 0},
+                {"BLOCK_K": 128, "num_warps": 8, "num_stages": 1},
+            ),
             Entry(H200, {"K": 256, "readers": 1, "writers": 1}, {"BLOCK_K": 64, "num_warps": 4, "num_stages": 1}),
             Entry(H200, {"K": 256, "readers": 2, "writers": 2}, {"BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
         )

@@ -82,10 +82,11 @@ def pair_scores(
     found = new_scores(r1, r2, w1, w2, H, n, dtype)
     cumulate(g, chunks, found.sums, found.whole)
     if n * H:
-        values = config("pair_scores", device=r1.device, K=K, readers=readers, writers=writers)
-        values["BLOCK_K"] = columns(K, r1.dtype, values["BLOCK_K"])
         inputs = [argument for x in (r1, r2, w1, w2) for argument in shared(x, H)]
         for once in (True,) if single else (True, False):
+            widths = {"K": K, "readers": readers, "writers": writers, "levels": int(not once)}
+            values = config("pair_scores", device=r1.device, **widths)
+            values["BLOCK_K"] = columns(K, r1.dtype, values["BLOCK_K"])
             pair_scores_kernel[(n * H,)](
                 *inputs, None if bonus is None else bonus.float().contiguous(), found.sums, found.whole, *found[:5],
                 chunks.table, r1.shape[1], chunks.per_sequence, chunks.packed, H, K=K, C=CHUNK,

@@ -112,25 +112,29 @@ def test_checks_cover_every_op_and_case():
     assert {check.case for check in found} == {None, *(case.name for case in CASES)}
     settings = {(check.setting, check.dtype, check.variant) for check in gpu_check.checks(["scan"], "cuda:0", (9, 0))}
     assert settings == {(setting, dtype, n) for setting, dtype in gpu_check.SETTINGS for n in range(2)}
-    wide = [check for check in found if check.case == "delta" and check.widths[0] == 256]
-    assert wide and next(check for check in found if check.case).widths[0] == 256
+    assert found[0].widths[0] == 256
 
 
-def test_widths_use_every_entry_of_this_gpu(monkeypatch):
+def test_cases_use_every_entry_of_this_gpu(monkeypatch):
+    """Of "affine" and "carry", which linear attention launches with a decay for every channel and without."""
     entries = (
         Entry((9, 0), {"K": 128, "V": 256, "size": 2}, {}),
         Entry((9, 0), {"K": 256, "V": 256, "size": 4}, {}),
         Entry((8, 0), {"K": 32, "V": 32}, {}),
         Entry((9, 0), {"D": 32}, {}),
     )
-    monkeypatch.setattr(configs, "SHIPPED", {"some": Kernel({}, {}, entries)})
+    monkeypatch.setattr(configs, "SHIPPED", {"affine": Kernel({}, {}, entries), "carry": Kernel({}, {}, entries[:1])})
     configs.forget()
-    assert gpu_check.widths((9, 0), ()) == [(64, 64, torch.bfloat16), (128, 128, torch.bfloat16)]
-    found = gpu_check.widths((9, 0), ("some",))
+    found = gpu_check._cases((9, 0))
     monkeypatch.undo()
     configs.forget()
-    half, single = torch.bfloat16, torch.float32
-    assert found == [(64, 64, half), (128, 128, half), (128, 256, half), (256, 256, single)]
+    usual = [(case, at) for at in gpu_check.USUAL for case in CASES]
+    assert found[-len(usual) :] == usual
+    assert [(case.name, at) for case, at in found[: -len(usual)]] == [
+        ("vector decay", (256, 256, SINGLE)),
+        ("no decay", (128, 256, HALF)),
+        ("vector decay", (128, 256, HALF)),
+    ]
 
 
 def test_run_tells_errors_from_failures(monkeypatch):
