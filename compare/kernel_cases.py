@@ -245,7 +245,6 @@ CASES = (
         _rwkv7,
         ("pair_scores", "prepare_dplr", "affine", "chunk_products", "dplr_gradient"),
         _fla("rwkv7", "chunk_rwkv7", "q", "decay", *"kvab"),
-        {"decay_floor": -0.6065306597},
     ),
     Case("running max", "running_max", _running_max, (), {}),
     Case("short conv", "short_conv", _short_conv, (), _causal_conv1d(), {"activation": "silu"}),

@@ -142,8 +142,8 @@ def _delta_rule(q, k, v, beta, g, S, cu_seqlens) -> Cost:
     return Cost(B * n * H * products, B * n * H * C * (C - 1) * (K + V), 2 * _nbytes(S))
 
 
-@_formula("dplr_rule", lambda q, k, v, a, b, g, S, cu_seqlens, floor: (torch.empty_like(v), S))
-def _dplr_rule(q, k, v, a, b, g, S, cu_seqlens, floor) -> Cost:
+@_formula("dplr_rule", lambda q, k, v, a, b, g, S, cu_seqlens: (torch.empty_like(v), S))
+def _dplr_rule(q, k, v, a, b, g, S, cu_seqlens) -> Cost:
     (B, T, H, V), K = v.shape, q.shape[-1]
     if T <= 1:
         once = B * T * H * K * V

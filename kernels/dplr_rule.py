@@ -21,7 +21,6 @@ def dplr_rule(
     b: Float[Tensor, "B T H K"],
     decay: Float[Tensor, "..."] | None = None,
     *,
-    decay_floor: float | None = None,
     state: Float[Tensor, "N H K V"] | None = None,
     cu_seqlens: Int[Tensor, "M"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N H K V"] | None]:
@@ -33,8 +32,6 @@ def dplr_rule(
         a, b: the low-rank part of the transition, which must not expand the state: RWKV-7 has b = -a * rate with a of
             unit length and rates in [0, 1].
         decay: the log decay g <= 0, finite: None, [H] or [H, K] (constant), [B, T, H] or [B, T, H, K].
-        decay_floor: a promise that no log decay is below this. From -1.03 up it saves the Triton form five of six
-            products within a chunk; where the promise is broken, its result may be NaN.
         state: S [N, H, K, V]; None starts from zero.
         cu_seqlens: [N+1] boundaries of sequences packed in one row.
 
@@ -44,14 +41,14 @@ def dplr_rule(
     check_packed(v, cu_seqlens)
     form = pick("dplr_rule", _FORMS, v, too_wide(q, v))
     with full_precision(v):
-        out, last = form(q, k, v, a, b, expand_decay(decay, v), state, cu_seqlens, decay_floor)
+        out, last = form(q, k, v, a, b, expand_decay(decay, v), state, cu_seqlens)
     return out, None if state is None else commit(state, last)
 
 
 def _in_torch(recurrence):
     """The form around a recurrence on tensors of the accumulator's type."""
 
-    def form(q, k, v, a, b, g, S, cu_seqlens, _floor):
+    def form(q, k, v, a, b, g, S, cu_seqlens):
         dtype = accumulator_dtype(v.dtype)
         if S is None:
             n_seqs = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1

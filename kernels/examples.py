@@ -327,9 +327,6 @@ def _dplr_rule(r: Draw) -> Iterator[Case]:
 
     for name, decay in (("no", None), ("scalar", r.gate(r.B, r.T, H)), ("vector", r.gate(r.B, r.T, H, K))):
         yield f"{name} decay", inputs() | ({} if decay is None else {"decay": decay}), {}, r.normal(r.N, H, K, V)
-    floor = -1.0
-    bounded = inputs() | {"decay": floor * r.uniform(r.B, r.T, H, K)}
-    yield "bounded decay", bounded, {"decay_floor": floor}, r.normal(r.N, H, K, V)
 
 
 def _short_conv(r: Draw) -> Iterator[Case]:

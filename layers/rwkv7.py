@@ -101,7 +101,7 @@ class RWKV7(Layer):
         unit = l2_normalize(self._heads(k.to(wide) * self.k_unit), eps=1e-12)
         k = k * (1 + (a - 1) * self.k_rate)
         r, k, v, g, a = (self._heads(t) for t in (r, k, v, g, a))
-        o, S = dplr_rule(r, k, v, unit, -a * unit, g, decay_floor=-exp(-0.5), state=S, cu_seqlens=cu_seqlens)
+        o, S = dplr_rule(r, k, v, unit, -a * unit, g, state=S, cu_seqlens=cu_seqlens)
         own = (r * self.bonus * k).sum(-1, keepdim=True) * v
         o = (self.norm(o.flatten(-2)) + own.flatten(-2)) * self.z_proj(x_z)
         y = mask_padding(self.o_proj(o.to(x.dtype)), cu_seqlens)

@@ -201,15 +201,15 @@ def delta_gradient(
 
 def dplr_gradient(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, sums: Tensor, whole: Tensor, do: Tensor,
-    u: Tensor, e: Tensor, states: Tensor, d_states: Tensor, chunks: Segments, *, single: bool = False,
+    u: Tensor, e: Tensor, states: Tensor, d_states: Tensor, chunks: Segments
 ) -> DplrGradient:  # fmt: skip
-    """Of the generalised delta rule; u: what `a` reads [B, T, H, V], e: its whole gradient; `single`: see `mild`."""
+    """Of the generalised delta rule; u: what `a` reads [B, T, H, V], e: its whole gradient."""
     launch = _Launch(v, k, chunks)
     dq, dk, da, db = (launch.like(x) for x in (q, k, a, b))
     dg = launch.new(*g.shape)
     launch.vector(
         "dplr_gradient", (q, a, k, b), (do, e, v, u), sums, whole, states, d_states, (dq, da, dk, db), dg,
-        exclusive=(False, True), single=single,
+        exclusive=(False, True),
     )  # fmt: skip
     return DplrGradient(dq, dk, da, db, dg)
 
@@ -226,7 +226,7 @@ class _Launch:
 
     def vector(
         self, kernel, rows_in, values, sums, whole, states, d_states, grads, dg, *, exclusive, beta=None, v=None,
-        dv=None, bonus=None, dbonus=None, single=False,
+        dv=None, bonus=None, dbonus=None,
     ) -> Tensor | None:  # fmt: skip
         """Of readers and writers (r1, r2, w1, w2), None where there is none, into `grads`; returns dbeta."""
         halves = 1 + (rows_in[1] is not None)
@@ -238,12 +238,12 @@ class _Launch:
             pairs, own = self._products(found, halves**2, n_own, beta, None, v, dv, dbeta, blocks, VECTOR=True)
             inputs = [argument for x in rows_in for argument in shared(x, self.H)]
             bonus = None if bonus is None else bonus.contiguous()
-            for once in (True,) if single else (True, False):
+            for once in (True, False):
                 vector_gradient[(self.programs * blocks,)](
                     *inputs, *found, *self._head(beta), bonus, sums, whole, states, d_states, pairs, own, self.programs,
                     *grads, dg, dbeta, dbonus, *self.where, self.B * self.T, self.H,
                     LEVELS=CHUNK.bit_length() - 1, HALVES=halves, EXCLUSIVE1=exclusive[0], EXCLUSIVE2=exclusive[1],
-                    SINGLE=once, ALL=single, **self.always, **options,
+                    SINGLE=once, **self.always, **options,
                 )  # fmt: skip
         return None if dbeta is None else dbeta.sum(0)
 

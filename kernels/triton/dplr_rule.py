@@ -6,27 +6,26 @@ from torch import Tensor
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.affine import Affine
 from subquad.kernels.triton.chunk_gradient import dplr_gradient
-from subquad.kernels.triton.pair_scores import Scores, mild, new_scores
+from subquad.kernels.triton.pair_scores import Scores, new_scores
 from subquad.kernels.triton.prepare_dplr import dplr_scores, prepare_dplr
 from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
 from subquad.kernels.triton.step import few, step
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state
 
 
-def form(q, k, v, a, b, g, S, cu_seqlens, floor):
+def form(q, k, v, a, b, g, S, cu_seqlens):
     """As subquad.kernels.dplr_rule calls it. A scalar decay, and none, is one for every channel here."""
     if g is not None and g.dim() == 3:
         g = g[..., None].expand(*g.shape, q.shape[3])
     if in_place(S) and few(q, cu_seqlens):
         return dplr_rule_step_(q, k, v, a, b, g, S, cu_seqlens), S
     if g is None:
-        g, floor = torch.zeros((), device=q.device).expand(q.shape), 0.0
-    single = mild(floor)
+        g = torch.zeros((), device=q.device).expand(q.shape)
     q, k, a, b = (x.to(v.dtype) for x in (q, k, a, b))  # autocast leaves some in float32; products round them anyway
     if in_place(S):
-        return dplr_rule_triton_(q, k, v, a, b, g, S, cu_seqlens, single), S
+        return dplr_rule_triton_(q, k, v, a, b, g, S, cu_seqlens), S
     keep = differentiated(q, k, v, a, b, g, S)
-    return dplr_rule_triton(q, k, v, a, b, g, accumulating(S), cu_seqlens, single, keep)[:2]
+    return dplr_rule_triton(q, k, v, a, b, g, accumulating(S), cu_seqlens, keep)[:2]
 
 
 @operator("dplr_rule_step_", mutates_args=("S",))
@@ -45,34 +44,33 @@ def _(q, k, v, a, b, g, S, cu_seqlens):
 @operator("dplr_rule_triton")
 def dplr_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, S: Tensor | None,
-    cu_seqlens: Tensor | None, single: bool, keep: bool,
+    cu_seqlens: Tensor | None, keep: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     """(out [B, T, H, V], the new state, empty unless one was given; if `keep`, what the gradients need)."""
     last, kept = new_state(S, v), _kept(q, v, cu_seqlens, keep)
-    out, scores = _forward(q, k, v, a, b, g, S, cu_seqlens, single, last, *(kept if keep else (None, None)))
+    out, scores = _forward(q, k, v, a, b, g, S, cu_seqlens, last, *(kept if keep else (None, None)))
     return out, last, *kept, *(scores if keep else _nothing(v))
 
 
 @operator("dplr_rule_triton_", mutates_args=("S",))
 def dplr_rule_triton_(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, S: Tensor, cu_seqlens: Tensor | None,
-    single: bool,
 ) -> Tensor:  # fmt: skip
     """The same, with the new state written into S."""
-    return _forward(q, k, v, a, b, g, S, cu_seqlens, single, S)[0]
+    return _forward(q, k, v, a, b, g, S, cu_seqlens, S)[0]
 
 
 @dplr_rule_triton.register_fake
-def _(q, k, v, a, b, g, S, cu_seqlens, single, keep):
+def _(q, k, v, a, b, g, S, cu_seqlens, keep):
     scores = new_scores(q, a, k, b, v.shape[2], n_chunks(v, cu_seqlens), torch.float32) if keep else _nothing(v)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     return out, new_state(S, v), *_kept(q, v, cu_seqlens, keep), *scores
 
 
 @dplr_rule_triton_.register_fake
-def _(q, k, v, a, b, g, S, cu_seqlens, single):
+def _(q, k, v, a, b, g, S, cu_seqlens):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
@@ -87,9 +85,9 @@ def _nothing(v):
     return tuple(new_state(None, v) for _ in range(7))
 
 
-def _forward(q, k, v, a, b, g, S, cu_seqlens, single, last, u=None, states=None):
+def _forward(q, k, v, a, b, g, S, cu_seqlens, last, u=None, states=None):
     chunks = cut(v, cu_seqlens, CHUNK)
-    scores = dplr_scores(q, k, a, b, g, chunks, single)
+    scores = dplr_scores(q, k, a, b, g, chunks)
     P, Q, Y, W, E, F, whole = prepare_dplr(scores, chunks)
     run = Affine(v, Q=Q, P=P, Y=Y, W=W, E=E, F=F, whole=whole, cu_seqlens=cu_seqlens)
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
@@ -102,9 +100,8 @@ def dplr_rule_triton_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor,
     S: Tensor | None, cu_seqlens: Tensor | None, u: Tensor, states: Tensor, pairs: Tensor,
     q_since: Tensor, a_since: Tensor, k_until: Tensor, b_until: Tensor, whole: Tensor, sums: Tensor,
-    single: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, a, b, g, S; S's empty where there is none. From u to sums: as forward kept them."""
+    """Gradients of q, k, v, a, b, g, S; S's empty where there is none. From u on: as forward kept them."""
     chunks = cut(v, cu_seqlens, CHUNK)
     scores = Scores(pairs, q_since, a_since, k_until, b_until, whole, sums)
     P, Q, Y, W, E, F, _ = prepare_dplr(scores, chunks, reverse=True)
@@ -115,7 +112,7 @@ def dplr_rule_triton_backward(
     del P, Q, Y, W, E, F, back
 
     dq, dk, da, db, dg = dplr_gradient(
-        q, k, v, a, b, g, sums, whole, do, u, e, states, d_states, chunks, single=single,
+        q, k, v, a, b, g, sums, whole, do, u, e, states, d_states, chunks,
     )  # fmt: skip
     for x in (dq, dk, dv, da, db, dg):
         clear_padding(x, cu_seqlens)
@@ -131,16 +128,15 @@ def _(do, dS, q, k, v, a, b, g, S, cu_seqlens, *kept):
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:8], *output[2:])
-    ctx.single = inputs[8]
 
 
 def _backward(ctx, do, dS, *_):
     q, k, v, a, b, g, S, cu_seqlens, *kept = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dS = None if S is None else dS
-    found = dplr_rule_triton_backward(do, dS, q, k, v, a, b, g, S, cu_seqlens, *kept, ctx.single)
+    found = dplr_rule_triton_backward(do, dS, q, k, v, a, b, g, S, cu_seqlens, *kept)
     inputs = (q, k, v, a, b, g, S)
-    return (*(x if given is not None else None for x, given in zip(found, inputs, strict=True)), None, None, None)
+    return (*(x if given is not None else None for x, given in zip(found, inputs, strict=True)), None, None)
 
 
 dplr_rule_triton.register_autograd(_backward, setup_context=_save)

@@ -10,7 +10,6 @@ readers, and the others made anew in a second launch, which ends at once for chu
 gets depends on tokens before it alone.
 """
 
-from math import log
 from typing import NamedTuple
 
 import torch
@@ -34,11 +33,6 @@ from subquad.kernels.triton.tiles import columns, precision, shared
 MILDEST = 64  # bits
 LEAST = tl.constexpr(-MILDEST * 2**20)  # as sums have it
 LOST = tl.constexpr(2.0 ** -(MILDEST + 1))  # what writers decayed to after that does not matter, but for being finite
-
-
-def mild(floor: float | None) -> bool:
-    """Whether log decays of `floor` at least, in each channel of each token, leave a chunk this much."""
-    return floor is not None and CHUNK * floor / log(2) >= -MILDEST
 
 
 class Scores(NamedTuple):
@@ -70,12 +64,11 @@ def new_scores(
 def pair_scores(
     r1: Tensor, r2: Tensor | None, w1: Tensor, w2: Tensor | None, g: Tensor, chunks: Segments, *,
     exclusive: tuple[bool, bool] = (False, True), bonus: Tensor | None = None, dtype: torch.dtype = torch.float32,
-    single: bool = False,
 ) -> Scores:  # fmt: skip
     """r, w: [B, T, heads, K], all of one dtype, whose heads divide H; g: [B, T, H, K] of any strides; bonus: [H, K] or
     None; chunks = cut(r1, cu_seqlens, CHUNK); `dtype` is that of the pairs. Rows of no sequence stay unwritten.
 
-    A second writer needs a second reader. `single`: one product will do for all readers, as `mild` says.
+    A second writer needs a second reader.
     """
     H, K = g.shape[2:]
     n, readers, writers = chunks.count, 1 + (r2 is not None), 1 + (w2 is not None)
@@ -83,7 +76,7 @@ def pair_scores(
     cumulate(g, chunks, found.sums, found.whole)
     if n * H:
         inputs = [argument for x in (r1, r2, w1, w2) for argument in shared(x, H)]
-        for once in (True,) if single else (True, False):
+        for once in (True, False):
             widths = {"K": K, "readers": readers, "writers": writers, "levels": int(not once)}
             values = config("pair_scores", device=r1.device, **widths)
             values["BLOCK_K"] = columns(K, r1.dtype, values["BLOCK_K"])

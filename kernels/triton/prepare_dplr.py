@@ -36,11 +36,9 @@ class DplrChunksReversed(NamedTuple):
     whole: Tensor
 
 
-def dplr_scores(
-    q: Tensor, k: Tensor, a: Tensor, b: Tensor, g: Tensor, chunks: Segments, single: bool = False
-) -> Scores:
+def dplr_scores(q: Tensor, k: Tensor, a: Tensor, b: Tensor, g: Tensor, chunks: Segments) -> Scores:
     """What `prepare_dplr` takes, both ways; q, k, a, b: [B, T, H, K]; g: [B, T, H, K] float32, with any strides."""
-    return pair_scores(q, a, k, b, g, chunks, exclusive=(False, True), single=single)
+    return pair_scores(q, a, k, b, g, chunks, exclusive=(False, True))
 
 
 def prepare_dplr(scores: Scores, chunks: Segments, *, reverse: bool = False) -> DplrChunks | DplrChunksReversed:

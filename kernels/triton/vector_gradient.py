@@ -50,7 +50,7 @@ def vector_gradient(
     table, T, per_sequence, packed, n_rows, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, HALVES: tl.constexpr, EXCLUSIVE1: tl.constexpr, EXCLUSIVE2: tl.constexpr,
-    SINGLE: tl.constexpr, ALL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SINGLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     LINES: tl.constexpr = HALVES * C
@@ -66,7 +66,7 @@ def vector_gradient(
             tl.store(dbonus + here * K + col, tl.zeros([BLOCK_K], tl.float32), mask=col < K)
         return
     sums += here * (C * K)
-    if not ALL and gentle(sums, K, C) != SINGLE:
+    if gentle(sums, K, C) != SINGLE:
         return
     at = start.to(tl.int64)
     line = tl.arange(0, LINES)

@@ -170,7 +170,7 @@ def test_dplr(layout, K, kind, reverse, dtype):
     x, chunks, spots = inputs(layout, K, ["q", "k", "a", "b"], {}, gate="vector", kind=kind, dtype=dtype)
     x["a"] = torch.nn.functional.normalize(x["a"].float(), dim=-1).to(dtype)
     x["b"] = (-x["a"].float() * torch.rand(x["a"].shape).to(DEVICE)).to(dtype)
-    scores_of = dplr_scores(x["q"], x["k"], x["a"], x["b"], x["g"], chunks, kind == "mild")
+    scores_of = dplr_scores(x["q"], x["k"], x["a"], x["b"], x["g"], chunks)
     found = prepare_dplr(scores_of, chunks, reverse=reverse)
 
     def oracle(at, h):

@@ -28,7 +28,6 @@ def arguments(example: Example) -> tuple[dict[str, Tensor], float | None]:
     """The step's own arguments but for the states, and the normaliser."""
     inputs = {**example.inputs, **example.options}
     decay, normalizer = inputs.pop("decay", None), inputs.pop("normalizer", None)
-    inputs.pop("decay_floor", None)  # saves products of a chunk; a step has none
     v = inputs["v"]
     g = expand_decay(decay, v if v.dim() == 4 else v[:, :, 0])
     return {**inputs, "g": g, "normalized": normalizer is not None, "cu_seqlens": example.cu_seqlens}, normalizer
