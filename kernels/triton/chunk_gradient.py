@@ -22,7 +22,7 @@ from torch import Tensor
 
 from subquad.kernels.triton.chunk_products import chunk_products
 from subquad.kernels.triton.configs import config
-from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.launch import kernel, launch_each
 from subquad.kernels.triton.prepare import load_matrix
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
 from subquad.kernels.triton.tiles import (
@@ -236,15 +236,17 @@ class _Launch:
             found = (*strided(values[0]), *strided(values[1]), *strided(values[2]), *strided(values[3]))
             n_own = 1 + (rows_in[3] is not None)
             pairs, own = self._products(found, halves**2, n_own, beta, None, v, dv, dbeta, blocks, VECTOR=True)
-            inputs = [argument for x in rows_in for argument in shared(x, self.H)]
-            bonus = None if bonus is None else bonus.contiguous()
-            for once in (True, False):
-                vector_gradient[(self.programs * blocks,)](
-                    *inputs, *found, *self._head(beta), bonus, sums, whole, states, d_states, pairs, own, self.programs,
-                    *grads, dg, dbeta, dbonus, *self.where, self.B * self.T, self.H,
-                    LEVELS=CHUNK.bit_length() - 1, HALVES=halves, EXCLUSIVE1=exclusive[0], EXCLUSIVE2=exclusive[1],
-                    SINGLE=once, **self.always, **options,
-                )  # fmt: skip
+            arguments = [
+                *(argument for x in rows_in for argument in shared(x, self.H)), *found, *self._head(beta),
+                None if bonus is None else bonus.contiguous(), sums, whole, states, d_states, pairs, own, self.programs,
+                *grads, dg, dbeta, dbonus, *self.where, self.B * self.T, self.H,
+            ]  # fmt: skip
+            always = {
+                "LEVELS": CHUNK.bit_length() - 1, "HALVES": halves, "EXCLUSIVE1": exclusive[0],
+                "EXCLUSIVE2": exclusive[1], **self.always, **options,
+            }  # fmt: skip
+            variants = [{"SINGLE": single, **always} for single in (True, False)]
+            launch_each(vector_gradient, (self.programs * blocks,), arguments, variants)
         return None if dbeta is None else dbeta.sum(0)
 
     def scalar(self, q, k, g, do, e, u, states, d_states, dq, dk, *, beta, v, dv) -> tuple[Tensor, Tensor | None]:

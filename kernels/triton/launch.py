@@ -6,6 +6,7 @@ run; a key made by one line of Python and the compiled kernel launched by itself
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -38,23 +39,48 @@ class Kernel:
         self.compiled: dict[tuple, tuple[Any, list[Any]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return partial(self._launch, grid)
+        return lambda *arguments, **options: self.launch(grid, arguments, (options,))
 
-    def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    def launch(self, grid: tuple[int, ...], arguments: Sequence[Any], variants: Sequence[dict[str, Any]]) -> None:
+        """Once with each of these constants and options; what is new of several is compiled side by side."""
         index = arguments[0].device.index
         if index != torch.cuda.current_device():
             with torch.cuda.device(index):
-                return self._launch(grid, *arguments, **options)
+                return self.launch(grid, arguments, variants)
         if self.key is None:
             self.key = specialization(self.jitted, arguments)
-        key = (index, self.key(*arguments), *options, *options.values())
-        found = self.compiled.get(key)
-        if found is None:
-            made = self.jitted[grid](*arguments, **options)
-            self.compiled[key] = made, [options[name] for name in self.constants]
-        else:
-            made, constants = found
-            made[*grid, *(1, 1)[: 3 - len(grid)]](*arguments, *constants)
+        shared = self.key(*arguments)
+        keys = [(index, shared, *options, *options.values()) for options in variants]
+        if len(variants) > 1:
+            missing = [options for key, options in zip(keys, variants, strict=True) if key not in self.compiled]
+            self._compile(index, grid, arguments, missing)
+        for key, options in zip(keys, variants, strict=True):
+            found = self.compiled.get(key)
+            if found is None:
+                made = self.jitted[grid](*arguments, **options)
+                self.compiled[key] = made, [options[name] for name in self.constants]
+            else:
+                made, constants = found
+                made[*grid, *(1, 1)[: 3 - len(grid)]](*arguments, *constants)
+
+    def _compile(self, index: Any, grid: Any, arguments: Sequence[Any], missing: Sequence[dict[str, Any]]) -> None:
+        def warm(options: dict[str, Any]) -> None:
+            with torch.cuda.device(index):  # a new thread begins with the first
+                self.jitted.warmup(*arguments, grid=grid, **options)
+
+        if missing:
+            with ThreadPoolExecutor(len(missing)) as pool:
+                list(pool.map(warm, missing))
+
+
+def launch_each(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], variants: Sequence[dict[str, Any]]
+) -> None:
+    """Launch the kernel once with each of these constants and options, compiled side by side where they are new."""
+    if isinstance(kernel, Kernel):
+        return kernel.launch(grid, arguments, variants)
+    for options in variants:
+        kernel[grid](*arguments, **options)
 
 
 def specialization(jitted: Any, arguments: Sequence[Any]) -> Callable[..., tuple]:

@@ -26,7 +26,7 @@ from subquad.kernels.triton.fixed_point import (
     load_sums,
     store_stacked,
 )
-from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.launch import kernel, launch_each
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
 from subquad.kernels.triton.tiles import columns, precision, shared
 
@@ -75,17 +75,22 @@ def pair_scores(
     found = new_scores(r1, r2, w1, w2, H, n, dtype)
     cumulate(g, chunks, found.sums, found.whole)
     if n * H:
-        inputs = [argument for x in (r1, r2, w1, w2) for argument in shared(x, H)]
-        for once in (True, False):
-            widths = {"K": K, "readers": readers, "writers": writers, "levels": int(not once)}
+        arguments = [
+            *(argument for x in (r1, r2, w1, w2) for argument in shared(x, H)),
+            None if bonus is None else bonus.float().contiguous(), found.sums, found.whole, *found[:5],
+            chunks.table, r1.shape[1], chunks.per_sequence, chunks.packed, H,
+        ]  # fmt: skip
+        always = {
+            "K": K, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "READERS": readers, "WRITERS": writers,
+            "EXCLUSIVE1": exclusive[0], "EXCLUSIVE2": exclusive[1], **precision(r1.dtype),
+        }  # fmt: skip
+        variants = []
+        for single in (True, False):
+            widths = {"K": K, "readers": readers, "writers": writers, "levels": int(not single)}
             values = config("pair_scores", device=r1.device, **widths)
             values["BLOCK_K"] = columns(K, r1.dtype, values["BLOCK_K"])
-            pair_scores_kernel[(n * H,)](
-                *inputs, None if bonus is None else bonus.float().contiguous(), found.sums, found.whole, *found[:5],
-                chunks.table, r1.shape[1], chunks.per_sequence, chunks.packed, H, K=K, C=CHUNK,
-                LEVELS=CHUNK.bit_length() - 1, READERS=readers, WRITERS=writers, EXCLUSIVE1=exclusive[0],
-                EXCLUSIVE2=exclusive[1], SINGLE=once, **precision(r1.dtype), **values,
-            )  # fmt: skip
+            variants.append({"SINGLE": single, **always, **values})
+        launch_each(pair_scores_kernel, (n * H,), arguments, variants)
     return found
 
 

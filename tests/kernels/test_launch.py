@@ -1,6 +1,8 @@
 """Launching: which compiled kernel runs for which arguments."""
 
 import random
+from contextlib import nullcontext
+from threading import Barrier
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -13,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from subquad.kernels.triton.launch import Kernel, specialization  # noqa: E402
+from subquad.kernels.triton.launch import Kernel, launch_each, specialization  # noqa: E402
 
 
 def _add(x, x_t, T, y, scale, WIDTH, BLOCK=1):
@@ -88,6 +90,20 @@ def test_a_known_key_launches_its_kernel(jitted, monkeypatch):
         launched[(1,)](tensor(0), 64, 1, None, 1, **options)
     launched[(1,)](tensor(8), 64, 1, None, 1, WIDTH=8, BLOCK=4, num_warps=2)
     assert len(jitted.calls) == 4 and len(launches) == 1
+
+
+def test_variants_compile_side_by_side_and_launch_in_order(jitted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(Compiled, "launches", launches := [])
+    both = Barrier(2, timeout=60)
+    jitted.warmup = lambda *given, grid, **options: both.wait()  # passes when two are there
+    launched = Kernel(jitted)
+    variants = [{"WIDTH": 8, "BLOCK": 4}, {"WIDTH": 4, "BLOCK": 4}]
+    for _ in range(2):
+        launch_each(launched, (1,), (tensor(0), 64, 1, None, 1), variants)
+    assert jitted.calls == variants
+    assert [number for number, _, _ in launches] == [0, 1]
 
 
 def test_kernels_run_where_their_tensors_are(jitted, monkeypatch):
