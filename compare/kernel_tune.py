@@ -76,13 +76,14 @@ def tune(
     for (kernel, pairs), runs in users.items():
         widths = dict(pairs)
         progress.update(task, description=f"{kernel} {' '.join(f'{k}={v}' for k, v in pairs)}")
+        progress.refresh()
         before = configs.config(kernel, device=device, **widths)
         base = [run.ms() for run in runs]
         times = []
         for values in configs.candidates(kernel):
             with configs.forced(kernel, values):
                 times.append((_relative_time(runs, base), values))
-            progress.advance(task)
+            progress.update(task, advance=1, refresh=True)
         for time, values in sorted(times, key=lambda pair: pair[0]):
             with configs.forced(kernel, values):
                 if time < float("inf") and all(run.is_right() for run in runs):

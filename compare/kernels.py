@@ -145,7 +145,9 @@ def _empty_compile_cache() -> Iterator[None]:
 
 def progress_bar() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(
+        *columns, console=Console(stderr=True), transient=True, auto_refresh=False
+    )  # no thread beside calls
 
 
 def _measure_all(
@@ -160,6 +162,7 @@ def _measure_all(
         for shape in shapes:
             for case in cases:
                 progress.update(task, description=f"{case.name}, {shape}")
+                progress.refresh()
                 example = case.example(shape, dtype, device)
                 rows += compare(case, example, str(shape), rate, peers)
                 progress.advance(task)

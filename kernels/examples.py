@@ -5,6 +5,7 @@ A new op is added here, in `_CASES`, and nowhere else: one function that draws i
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, NamedTuple
@@ -50,10 +51,12 @@ class Example(NamedTuple):
         return Example(*pytree.tree_map(lambda x: _converted(x, to), tuple(self)))
 
 
+@cache  # asking a signature takes longer than a small kernel
 def carries(op: Callable[..., Any]) -> bool:
     return "state" in inspect.signature(op).parameters
 
 
+@cache
 def packs(op: Callable[..., Any]) -> bool:
     return "cu_seqlens" in inspect.signature(op).parameters
 

@@ -44,9 +44,12 @@ class Kernel:
     def launch(self, grid: tuple[int, ...], arguments: Sequence[Any], variants: Sequence[dict[str, Any]]) -> None:
         """Once with each of these constants and options; what is new of several is compiled side by side."""
         index = arguments[0].device.index
-        if index != torch.cuda.current_device():
-            with torch.cuda.device(index):
-                return self.launch(grid, arguments, variants)
+        if index == torch.cuda.current_device():
+            return self._launch(index, grid, arguments, variants)
+        with torch.cuda.device(index):
+            self._launch(index, grid, arguments, variants)
+
+    def _launch(self, index: Any, grid: Any, arguments: Sequence[Any], variants: Sequence[dict[str, Any]]) -> None:
         if self.key is None:
             self.key = specialization(self.jitted, arguments)
         shared = self.key(*arguments)
