@@ -17,7 +17,7 @@ from torch import Tensor
 from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.launch import kernel
-from subquad.kernels.triton.segments import CHUNK, Segments, n_chunks, segment_bounds, segments
+from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds, segments
 from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, rows, store_tile
 
 
@@ -221,7 +221,6 @@ class Affine:
             programs *= 2
         self.cut: Segments = segments(x, cu_seqlens, programs)
         self.transitions: Tensor | None = None  # of the segments [n, H, K, K], found by `states`
-        self.n_chunks = n_chunks(x, cu_seqlens)
         strides = {t.stride() for t in (self.Q, self.W, self.E, self.F) if t is not None}
         self.options = {
             "K": self.K, "V": self.V, "BLOCK_K": columns(self.K, x.dtype), "C": CHUNK, "REVERSE": reverse,
@@ -229,11 +228,6 @@ class Affine:
             "Y_TRANSPOSED": Y_transposed, "ALIKE": len(strides) == 1, "FETCH": not INTERPRETED,
             **precision(x.dtype), **self.config,
         }  # fmt: skip
-
-    def new_states(self) -> Tensor:
-        """Room for the states before each chunk: in x's type if that is bfloat16, else float32."""
-        dtype = torch.bfloat16 if self.x.dtype == torch.bfloat16 else torch.float32
-        return torch.empty(self.n_chunks, self.H, self.K, self.V, dtype=dtype, device=self.x.device)
 
     def states(
         self, S: Tensor | None, last: Tensor | None = None, opposite: Tensor | None = None

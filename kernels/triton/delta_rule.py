@@ -118,7 +118,7 @@ def delta_rule_triton_backward(
     gates = Scores(pairs, q_since, k_since, k_until, None, whole, sums) if vector else g
     Y, W, readers, writers, total = prepare_delta(q, k, beta, gates, chunks, reverse=True)
     back = Affine(do, Y=Y, W=W, E=readers, F=writers, whole=total, cu_seqlens=cu_seqlens, reverse=True)
-    e, d_states, dS0 = torch.empty_like(u), back.new_states(), new_state(S, v)
+    e, d_states, dS0 = torch.empty_like(u), chunk_states(do, q.shape[3], cu_seqlens), new_state(S, v)
     first = None if S is None else dS0
     back.run(back.states(dS, first), u=e, states=d_states, last=first)
     del Y, W, readers, writers, back

@@ -106,7 +106,8 @@ def dplr_rule_triton_backward(
     scores = Scores(pairs, q_since, a_since, k_until, b_until, whole, sums)
     P, Q, Y, W, E, F, _ = prepare_dplr(scores, chunks, reverse=True)
     back = Affine(do, Q=Q, P=P, Y=Y, W=W, E=E, F=F, whole=whole, cu_seqlens=cu_seqlens, reverse=True)
-    e, dv, d_states, dS0 = torch.empty_like(u), torch.empty_like(u), back.new_states(), new_state(S, v)
+    e, dv, dS0 = torch.empty_like(u), torch.empty_like(u), new_state(S, v)
+    d_states = chunk_states(do, q.shape[3], cu_seqlens)
     first = None if S is None else dS0
     back.run(back.states(dS, first), dv, u=e, states=d_states, last=first)
     del P, Q, Y, W, E, F, back

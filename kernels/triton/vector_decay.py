@@ -78,7 +78,7 @@ def vector_decay_backward(
     back = Affine(
         do, Q=k_e, P=P, E=q_s, whole=whole, cu_seqlens=cu_seqlens, reverse=True, P_transposed=True
     )  # fmt: skip
-    dv, d_states, dS0 = torch.empty_like(v), back.new_states(), new_state(S, v)
+    dv, d_states, dS0 = torch.empty_like(v), chunk_states(do, q.shape[3], cu_seqlens), new_state(S, v)
     first = None if S is None else dS0
     back.run(back.states(dS, first), dv, states=d_states, last=first)
     del back

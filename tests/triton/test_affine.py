@@ -9,6 +9,7 @@ from torch import Tensor
 from subquad.kernels.examples import relative_error
 from subquad.kernels.triton import segments
 from subquad.kernels.triton.affine import Affine
+from subquad.kernels.triton.segments import chunk_states
 
 pytestmark = pytest.mark.unchecked
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,7 +129,7 @@ def check(
     )
     last = torch.full_like(zero, float("nan"))
     out, u = (torch.zeros(layout.B, layout.T, H, V, device=DEVICE, dtype=dtype) for _ in range(2))
-    states = affine.new_states().zero_()
+    states = chunk_states(given["x"], K, layout.cu_seqlens).zero_()
     before = affine.states(S, last)
     affine.run(before, out if "P" in given else None, u=u if "Y" in given else None, states=states, last=last)
     wanted = expected(layout, given, zero if S is None else S, reverse, transposed)
