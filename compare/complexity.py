@@ -132,7 +132,8 @@ LAYERS_HELP = (
 )
 CONFIGS_HELP = "whole models: shipped names, files, folders of saved models, as `compare models` takes them"
 BUDGET_HELP = (
-    "seconds for the whole run (1080); a measurement that would take more than its share of what is left is left out"
+    "seconds (1080) after which no other layer is begun; a measurement that would take more than its share of what is "
+    "left is left out"
 )
 
 
@@ -169,7 +170,9 @@ def run(measured: Measurements, subjects: Sequence[Subject], setting: Setting, p
     try:
         with keeping, Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("", total=len(missing))
-            for subject in missing:
+            begun = len(missing)
+            while missing and (len(missing) == begun or not limit.spent):
+                subject = missing.pop(0)
                 progress.update(task, description=subject.name)
                 for point in measure(subject, lengths, phases, setting, limit):
                     measured.points.append(point)
@@ -178,6 +181,11 @@ def run(measured: Measurements, subjects: Sequence[Subject], setting: Setting, p
                 progress.advance(task)
                 if path:
                     measured.save(path, overwrite=True)
+        if missing:
+            names = ", ".join(subject.name for subject in missing)
+            console.print(f"not measured, the {budget:g} s of --budget are spent: {names}", markup=False)
+            if path:
+                console.print("the same command with --resume goes on")
     except KeyboardInterrupt:
         if path:
             measured.save(path, overwrite=True)

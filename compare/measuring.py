@@ -59,6 +59,10 @@ class Limit:
         self.device, self.subjects = device, subjects
         self.end = None if seconds is None else perf_counter() + seconds
 
+    @property
+    def spent(self) -> bool:
+        return self.end is not None and perf_counter() >= self.end
+
     def refusal(self, earlier: Sequence[Point], point: Point) -> str:
         """Why a point is not measured, from those of fewer tokens; empty where it is."""
         known = [p for p in earlier if p.ms is not None]
@@ -70,7 +74,7 @@ class Limit:
             return stuck
         seconds = predict(known, point, "ms") / 1000
         if self.end is not None and 2 * seconds + ENOUGH > max(0.0, self.end - perf_counter()) / self.subjects:
-            return f"left out: would take about {seconds:,.0f} s"
+            return f"left out: would take about {seconds:,.2g} s, more than its share of the time that is left"
         return ""
 
     def fits(self, need: float) -> bool:

@@ -195,11 +195,22 @@ def test_what_does_not_fit_the_memory_or_the_time_is_said(monkeypatch):
     monkeypatch.setattr(measuring, "free_bytes", lambda device: 4 * 10**9)
     assert limit.refusal(earlier, longer) == "does not fit: needs about 4 GB"
     monkeypatch.setattr(measuring, "free_bytes", lambda device: 10**12)
-    assert limit.refusal(earlier, Point("x", "layer", "train", 30)) == "left out: would take about 30 s"
+    assert limit.refusal(earlier, Point("x", "layer", "train", 30)).startswith("left out: would take about 30 s, more")
     assert Limit(CPU, None, 2).refusal(earlier, Point("x", "layer", "train", 30)) == ""
     failed = Point("x", "layer", "train", 4, note="does not fit")
     assert limit.refusal([failed], Point("x", "layer", "train", 8)) == "does not fit"
     assert limit.refusal([*earlier, failed], Point("x", "layer", "train", 8)) == "does not fit: needs about 8 GB"
+
+
+def test_a_spent_budget_leaves_the_rest_to_another_run(tmp_path, capsys):
+    path = tmp_path / "costs.json"
+    words = [*COMMAND, "--layers", "MinGRU", "Mamba2", "Attention", "--phases", "prefill", "--json", str(path)]
+    words += ["--budget", "0.001"]
+    for number, left in enumerate(("Mamba2, Attention", "Attention", ""), 1):
+        assert cli.main([*words, *(["--resume"] if number > 1 else [])]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert len(load(path).subjects()) == number
+        assert (f"the 0.001 s of --budget are spent: {left} the same" in said) == (left != "")
 
 
 class Hungry(nn.Module):
