@@ -32,6 +32,7 @@ from subquad.layers.build import one_line
 PIECE = 4096  # tokens read at a time on the way to a context whose reading is not measured
 WARM_UP = 3  # decoded tokens that do not count
 ENOUGH = 1.0  # seconds of repeats
+LONG = 10.0  # seconds of a run that is not repeated on a CPU
 SPARE = 0.1  # of the free memory
 UNFIT = "does not fit"
 WHOLE = "cannot decode: reads whole sequences"
@@ -320,7 +321,8 @@ class _Step:
 def timed(point: Point, trial: Trial, setting: Setting, warm_up: bool) -> tuple[Point, Any]:
     """The point with its time, peak memory and energy, and what the last run gave.
 
-    A long run on a CPU is made once: its peak is measured and its time counts. Else the first run of all does not.
+    The first run counts for its peak alone: memory that was never touched takes longer, on a CPU several times as long.
+    But a long one on a CPU is made once.
     """
     took: list[float] = []
 
@@ -336,7 +338,7 @@ def timed(point: Point, trial: Trial, setting: Setting, warm_up: bool) -> tuple[
         trial.run()
     trial.prepare()
     result, peak = peak_bytes(run, setting.device)
-    if took[0] < 1e3 * ENOUGH or setting.device.type != "cpu":
+    if took[0] < 1e3 * LONG or setting.device.type != "cpu":
         took.clear()
         while not took or (len(took) < setting.repeat and sum(took) < 1e3 * ENOUGH):
             del result  # two at once would not be one run's memory
