@@ -145,9 +145,8 @@ def _empty_compile_cache() -> Iterator[None]:
 
 def progress_bar() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(
-        *columns, console=Console(stderr=True), transient=True, auto_refresh=False
-    )  # no thread beside calls
+    # Without a thread of its own, which would run beside the calls that are timed.
+    return Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
 
 
 def _measure_all(

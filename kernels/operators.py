@@ -82,7 +82,7 @@ class Operator:
     def _count_writes(self, arguments: Sequence[Any]) -> None:
         """Let autograd see that a tensor it may have saved was overwritten."""
         for place in self.mutated:
-            if arguments[place] is not None and not arguments[place].is_inference():
+            if arguments[place] is not None:
                 torch.autograd.graph.increment_version(arguments[place])
 
     def _counted(self, keys: Any, *arguments: Any) -> Any:

@@ -18,7 +18,7 @@ from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds, segments
-from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, rows, store_tile
+from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, rows, store_tile, strided
 
 
 @triton.jit
@@ -271,10 +271,10 @@ class Affine:
         programs = self.cut.count * self.H * triton.cdiv(self.V + matrix * self.K, self.config["BLOCK_V"])
         if not programs:
             return
-        some = self.x.new_empty(0, dtype=torch.float32)  # stands for a pointer that is never followed
+        some = self.cut.unread
         Q, P = (None, None) if out is None else (self.Q, self.P)
         affine_pass[(programs,)](
-            *_row(self.x), *_row(Q), *_row(self.W), *_row(self.E), *_row(self.F), P, self.Y, self.whole,
+            *strided(self.x), *strided(Q), *strided(self.W), *strided(self.E), *strided(self.F), P, self.Y, self.whole,
             out, u, states, some if before is None else before, some if last is None else last, total,
             self.cut.table, self.T, self.cut.size, self.cut.per_sequence, int(self.cut.packed),
             int(before is not None), int(last is not None), self.H, MATRIX=matrix, **self.options,
@@ -282,7 +282,3 @@ class Affine:
 
     def _float(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.x.device)
-
-
-def _row(x: Tensor | None):
-    return (None, 0, 0, 0) if x is None else (x, *x.stride()[:3])

@@ -21,7 +21,7 @@ from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, combine, segment_bounds
-from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, store_tile
+from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, shared, store_tile
 
 
 @triton.jit
@@ -259,8 +259,8 @@ class Pass:
         s_in, s_out, z_in, z_out = (some if t is None else t for t in (before.S, last, before.z, z_last))
         r, w, x = self.rows
         carry_pass[(cut.count * self.H * self.blocks,)](
-            *self._row(r), *self._row(w), *self._row(x), out, self.gates, total, s_in, s_out,
-            *self._row(partner), term, *self.more, z_in, z_out, den,
+            *shared(r, self.H), *shared(w, self.H), *shared(x, self.H), out, self.gates, total, s_in, s_out,
+            *shared(partner, self.H), term, *self.more, z_in, z_out, den,
             cut.table, self.T, cut.size, cut.per_sequence, cut.packed, int(before.S is not None), int(last is not None),
             self.B * self.T, self.H, **self.options,
         )  # fmt: skip
@@ -276,12 +276,6 @@ class Pass:
             K=K, V=V, BLOCK=1024, REVERSE=self.reverse,
         )  # fmt: skip
         return starts, after
-
-    def _row(self, x: Tensor | None):
-        if x is None:
-            return None, 0, 0, 0, 1
-        b, t, h, _ = x.stride()
-        return x, b, t, h, self.H // x.shape[2]
 
     def _float(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.cut.unread.device)

@@ -112,9 +112,7 @@ def dplr_rule_triton_backward(
     back.run(back.states(dS, first), dv, u=e, states=d_states, last=first)
     del P, Q, Y, W, E, F, back
 
-    dq, dk, da, db, dg = dplr_gradient(
-        q, k, v, a, b, g, sums, whole, do, u, e, states, d_states, chunks,
-    )  # fmt: skip
+    dq, dk, da, db, dg = dplr_gradient(q, k, v, a, b, g, sums, whole, do, u, e, states, d_states, chunks)
     for x in (dq, dk, dv, da, db, dg):
         clear_padding(x, cu_seqlens)
     return dq, dk, dv, da, db, dg, dS0
