@@ -29,7 +29,7 @@ from subquad.kernels.operators import OPERATORS
 from subquad.layers import MoE
 from subquad.models.lm import LM
 
-AROUND = ("short_conv", "shift", "running_max")  # ops beside a layer's mixing op
+AROUND = ("short_conv", "shift", "running_max", "norm")  # ops beside a layer's mixing op
 
 
 def count(layer: nn.Module, phase: str, batch: int, tokens: int, d_model: int, dtype: torch.dtype) -> tuple[int, int]:

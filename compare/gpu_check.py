@@ -25,7 +25,7 @@ from subquad.infer.output import write_atomically
 from subquad.kernels import blocked
 from subquad.kernels.backend import backend
 from subquad.kernels.blocked import Blocked
-from subquad.kernels.examples import Example, differences, examples, run_in_place, sensitivity
+from subquad.kernels.examples import Example, carries, differences, examples, run_in_place, sensitivity
 from subquad.kernels.examples import run as run_example
 from subquad.kernels.triton import configs
 
@@ -39,6 +39,7 @@ SETTINGS = (  # of examples, what takes longest first
     (IN_PLACE, torch.bfloat16),
     (IN_PLACE, torch.float32),
 )
+STATELESS = (("fresh", torch.bfloat16), ("fresh", torch.float32))  # of an op that carries nothing
 USUAL = ((128, 128, torch.bfloat16), (64, 64, torch.bfloat16))  # checked whatever the table holds
 TIMED = Sizes(8, 2048, 16, 128)
 LIMIT_S = 300  # of one check
@@ -86,16 +87,18 @@ class Outcome(NamedTuple):
 
 def checks(ops: Iterable[str], device: str, capability: tuple[int, int] | None = None) -> list[Check]:
     """All there is to check, what takes longest first; cases where the GPU's compute capability is given."""
-    chosen = set(ops)
-    variants = sorted((number, op) for op in chosen for number in range(_variants(examples(op, time=2))))
+    offered = {op: examples(op, time=2) for op in set(ops)}
+    settings = {op: SETTINGS if carries(found[0].op) else STATELESS for op, found in offered.items()}
+    variants = sorted((number, op) for op, found in offered.items() for number in range(_variants(found)))
     found = [
         Check(op, device, dtype, number, setting)
-        for setting, dtype in SETTINGS
+        for setting, dtype in dict.fromkeys((*SETTINGS, *STATELESS))
         for number, op in variants
-        if device != "cpu" or dtype == torch.float32  # the interpreter's bfloat16 is wrong
+        if (setting, dtype) in settings[op]
+        and (device != "cpu" or dtype == torch.float32)  # the interpreter's bfloat16 is wrong
     ]
     if capability is not None:
-        cases = [(case, at) for case, at in _cases(capability) if case.op in chosen]
+        cases = [(case, at) for case, at in _cases(capability) if case.op in offered]
         found = [Check(case.op, device, at[2], case=case.name, widths=at[:2]) for case, at in cases] + found
     return found
 

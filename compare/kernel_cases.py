@@ -176,6 +176,11 @@ def _short_conv(r: Random) -> Tensors:
     return {"x": r.rows(D), "weight": r.wide(D, 4).to(r.dtype)}
 
 
+def _norm(r: Random) -> Tensors:
+    H, D = r.sizes.H, r.sizes.D
+    return {"x": r.rows(H, D), "weight": r.wide(D).to(r.dtype), "z": r.rows(H, D)}
+
+
 _LINEAR = ("pair_scores", "affine", "chunk_products", "linear_gradient")
 _DELTA = ("prepare_delta", "affine", "chunk_products", "chunk_gradient")
 
@@ -248,4 +253,5 @@ CASES = (
     ),
     Case("running max", "running_max", _running_max, (), {}),
     Case("short conv", "short_conv", _short_conv, (), _causal_conv1d(), {"activation": "silu"}),
+    Case("norm, gate", "norm", _norm, (), {}),
 )

@@ -215,6 +215,16 @@ def _shift(x, weight, bias, state, cu_seqlens, activation) -> Cost:
     return Cost(0, 0, 2 * _nbytes(state))
 
 
+@_formula("norm", lambda x, weight, bias, z, residual, *_: _normed(x, z, residual))
+def _norm(x, weight, bias, z, residual, centered, n_groups, silu, gate_first, scale, eps) -> Cost:
+    return Cost(0)
+
+
+def _normed(x: Tensor, z: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return torch.empty_like(total, dtype=total.dtype if z is None else torch.promote_types(total.dtype, z.dtype)), total
+
+
 # Softmax attention.
 
 

@@ -40,10 +40,11 @@ class Example(NamedTuple):
     cu_seqlens: Tensor | None
 
     def call(self) -> tuple[Tensor, Any]:
-        """(output, new state or None)."""
+        """(output, new state or None); of `norm` the sum that it also returns."""
         rows = {"cu_seqlens": self.cu_seqlens} if packs(self.op) else {}
         if not carries(self.op):
-            return self.op(**self.inputs, **self.options, **rows), None
+            found = self.op(**self.inputs, **self.options, **rows)
+            return found if isinstance(found, tuple) else (found, None)
         return self.op(**self.inputs, **self.options, state=self.state, **rows)
 
     def to(self, to: torch.dtype | str) -> "Example":
@@ -372,6 +373,19 @@ def _lti(r: Draw) -> Iterator[Case]:
         yield f"low rank, {name}", {**inputs, "P": P, "Q": Q}, {}, r.normal(r.N, H, N, dtype=dtype)
 
 
+def _norm(r: Draw) -> Iterator[Case]:
+    G, D = 3, 18
+    x, weights = {"x": r.tokens(D)}, {"weight": r.normal(D), "bias": r.normal(D)}
+    yield "plain", x, {"scale": 0.25}, None
+    yield "weight, residual", {**x, "weight": r.normal(D), "residual": r.tokens(D)}, {}, None
+    yield "heads, weight, gate", {"x": r.tokens(4, D), "weight": r.normal(D), "z": r.tokens(4, D)}, {}, None
+    yield "centered, weight, bias, gate", {**x, **weights, "z": r.tokens(D)}, {"centered": True}, None
+    gated = {**x, "weight": r.normal(D), "z": r.tokens(D)}
+    yield "groups, gate first", gated, {"n_groups": G, "gate_first": True}, None
+    options = {"centered": True, "n_groups": G, "activation": "sigmoid", "scale": 0.5}
+    yield "centered, all", {**x, **weights, "z": r.tokens(D), "residual": r.tokens(D)}, options, None
+
+
 def _nystrom_attention(r: Draw) -> Iterator[Case]:
     H, K, V = 3, 5, 7
     qkv = {"q": r.tokens(H, K), "k": r.tokens(H, K), "v": r.tokens(H, V)}
@@ -447,6 +461,7 @@ _CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "linformer_attention": _linformer_attention,
     "long_conv": _long_conv,
     "lti": _lti,
+    "norm": _norm,
     "nystrom_attention": _nystrom_attention,
     "running_max": _running_max,
     "scan": _scan,

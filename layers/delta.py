@@ -1,6 +1,6 @@
 """What the layers of the delta rule share: projections with a short convolution, gates, the output norm, the state."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +84,7 @@ class DeltaLayer(Layer):
 
     def unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries of length 1 / sqrt(K) and keys of unit length."""
-        wide = accumulator_dtype(q.dtype)
-        return l2_normalize(q.to(wide)) * self.K**-0.5, l2_normalize(k.to(wide))
+        return l2_normalize(q, scale=self.K**-0.5), l2_normalize(k)
 
     def beta(self, x: Tensor) -> Tensor:
         """Write strengths [B, T, H], or [B, T, R, H]."""
@@ -100,10 +99,12 @@ class DeltaLayer(Layer):
             rate, bias = rate[:, None], bias.view(a.shape[2:])
         return rate * F.softplus(a.to(wide) + bias)
 
-    def output(self, o: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """o_proj(norm(o) * gate), zero in padding; gate: [B, T, H V]."""
-        o = self.norm(o).flatten(-2)
-        return mask_padding(self.o_proj(o if gate is None else o * gate), cu_seqlens)
+    def output(
+        self, o: Tensor, z: Tensor | None, cu_seqlens: Tensor | None, activation: Literal["silu", "sigmoid"] = "silu"
+    ) -> Tensor:
+        """o_proj(norm(o) * act(z)), zero in padding; z: [B, T, H V], or None for no gate."""
+        o = self.norm(o, None if z is None else z.view_as(o), activation=activation).flatten(-2)
+        return mask_padding(self.o_proj(o), cu_seqlens)
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> DeltaState:
         """The state before any token; its size does not depend on max_len."""

@@ -63,7 +63,7 @@ class DeltaNet(DeltaLayer):
             norm_eps=norm_eps,
         )
         elu = EluFeatures(self.K, self.n_heads).features
-        self.phi = {"silu": F.silu, "elu": elu, "relu": F.relu, "identity": lambda x: x}[feature_map]
+        self.phi = {"silu": None, "elu": elu, "relu": F.relu, "identity": lambda x: x}[feature_map]
         if qk_norm == "sum" and feature_map != "elu":
             raise UserError(f"DeltaNet: qk_norm 'sum' needs positive features, feature_map 'elu', not {feature_map!r}")
         self.sums = qk_norm == "sum"
@@ -73,9 +73,10 @@ class DeltaNet(DeltaLayer):
         self, x: Float[Tensor, "B T D"], state: DeltaState | None = None, cu_seqlens: Int[Tensor, "M"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], DeltaState | None]:
         conv, S = state if state is not None else (None, None)
-        q, k, v, conv = self.qkv(x, conv, cu_seqlens, activation=None)
-        q, k = (self.phi(t.to(accumulator_dtype(t.dtype))) for t in (q, k))
+        q, k, v, conv = self.qkv(x, conv, cu_seqlens, activation="silu" if self.phi is None else None)
+        if self.phi is not None:
+            q, k, v = *(self.phi(t.to(accumulator_dtype(t.dtype))) for t in (q, k)), F.silu(v)
         q, k = (t / t.sum(-1, keepdim=True) for t in (q, k)) if self.sums else self.unit(q, k)
-        o, S = delta_rule(q, k, F.silu(v), self.beta(x), state=S, cu_seqlens=cu_seqlens)
-        y = self.output(o, None if self.z_proj is None else F.silu(self.z_proj(x)), cu_seqlens)
+        o, S = delta_rule(q, k, v, self.beta(x), state=S, cu_seqlens=cu_seqlens)
+        y = self.output(o, None if self.z_proj is None else self.z_proj(x), cu_seqlens)
         return y, None if state is None else DeltaState(conv, S)

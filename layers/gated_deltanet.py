@@ -1,6 +1,5 @@
 """Gated DeltaNet: the delta rule with a scalar decay a head."""
 
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -69,5 +68,5 @@ class GatedDeltaNet(DeltaLayer):
         q, k, v, conv = self.qkv(x, conv, cu_seqlens)
         g = self.log_decay(self.a_proj(x))
         o, S = delta_rule(*self.unit(q, k), v, self.beta(x), g, state=S, cu_seqlens=cu_seqlens)
-        y = self.output(o, F.silu(self.z_proj(x)), cu_seqlens)
+        y = self.output(o, self.z_proj(x), cu_seqlens)
         return y, None if state is None else DeltaState(conv, S)

@@ -1,6 +1,5 @@
 """Gated DeltaProduct: several steps of the delta rule a token."""
 
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -77,5 +76,5 @@ class GatedDeltaProduct(DeltaLayer):
         q, k, v, conv = self.qkv(x, conv, cu_seqlens)
         g = None if self.a_proj is None else self.log_decay(self.a_proj(x))
         o, S = delta_rule(*self.unit(q, k), v, self.beta(x), g, state=S, cu_seqlens=cu_seqlens)
-        y = self.output(o, F.silu(self.z_proj(x)), cu_seqlens)
+        y = self.output(o, self.z_proj(x), cu_seqlens)
         return y, None if state is None else DeltaState(conv, S)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.kernels.linear_attention import linear_attention
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Layer, check_divides, residual_linear, silu_gated, state_dtype
+from subquad.layers.base import Card, Layer, check_divides, residual_linear, state_dtype
 from subquad.layers.norms import RMSNorm
 
 
@@ -73,7 +73,7 @@ class GatedLinearAttention(Layer):
         g = F.logsigmoid(gate.to(accumulator_dtype(gate.dtype))) / self.tau
         S = None if state is None else state.S
         o, S = linear_attention(q * self.K**-0.5, k, v, g, state=S, cu_seqlens=cu_seqlens)
-        y = self.o_proj(silu_gated(self.norm(o), z).flatten(-2))
+        y = self.o_proj(self.norm(o, z).flatten(-2))
         return mask_padding(y, cu_seqlens), None if state is None else GatedLinearAttentionState(S)
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> GatedLinearAttentionState:

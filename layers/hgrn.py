@@ -11,7 +11,7 @@ from subquad.errors import UserError
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.scan import scan
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Layer, residual_linear, silu_gated, state_dtype
+from subquad.layers.base import Card, Layer, residual_linear, state_dtype
 from subquad.layers.norms import RMSNorm
 
 
@@ -67,7 +67,7 @@ class HGRN(Layer):
         write = (1 - self.lower_bound) * (-f).sigmoid()
         keep = self.lower_bound + (1 - self.lower_bound) * f.sigmoid()
         o, h = scan(keep, write * i, state=None if state is None else state.h, cu_seqlens=cu_seqlens)
-        y = self.o_proj(silu_gated(self.norm(o.to(i.dtype)), self.z_proj(x)))
+        y = self.o_proj(self.norm(o.to(i.dtype), self.z_proj(x)))
         return mask_padding(y, cu_seqlens), None if state is None else HGRNState(h)
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> HGRNState:

@@ -70,5 +70,5 @@ class KimiDeltaAttention(DeltaLayer):
         q, k, v, conv = self.qkv(x, conv, cu_seqlens)
         g = self.log_decay(self.a_proj(x).unflatten(-1, (self.n_heads, self.K)))
         o, S = delta_rule(*self.unit(q, k), v, self.beta(x), g, state=S, cu_seqlens=cu_seqlens)
-        y = self.output(o, self.z_proj(x).sigmoid(), cu_seqlens)
+        y = self.output(o, self.z_proj(x), cu_seqlens, activation="sigmoid")
         return y, None if state is None else DeltaState(conv, S)

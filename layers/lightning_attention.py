@@ -65,7 +65,7 @@ class LightningAttention(Layer):
         q, k, v = F.silu(self.qkv_proj(x)).unflatten(-1, (self.n_heads, 3 * self.head_dim)).chunk(3, -1)
         S = None if state is None else state.S
         o, S = linear_attention(q, k, v, self.log_decay(q), state=S, cu_seqlens=cu_seqlens)
-        y = self.o_proj(self.norm(o.flatten(-2)) * self.z_proj(x).sigmoid())
+        y = self.o_proj(self.norm(o.flatten(-2), self.z_proj(x), activation="sigmoid"))
         return mask_padding(y, cu_seqlens), None if state is None else LightningAttentionState(S)
 
     def log_decay(self, like: Tensor) -> Tensor:

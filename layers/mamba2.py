@@ -82,7 +82,7 @@ class Mamba2(Layer):
         self.A_log = no_weight_decay(nn.Parameter(torch.empty(self.n_heads).uniform_(*A_range).log()))
         self.dt_bias = no_weight_decay(nn.Parameter(dt_bias(self.n_heads, dt_min, dt_max)))
         self.skip = no_weight_decay(nn.Parameter(torch.ones(self.n_heads)))
-        self.norm = RMSNorm(inner, n_groups, eps=norm_eps) if norm else nn.Identity()
+        self.norm = RMSNorm(inner, n_groups, eps=norm_eps) if norm else None
         self.out_proj = residual_linear(inner, d_model, bias=bias)
 
     def forward(
@@ -102,7 +102,7 @@ class Mamba2(Layer):
         g = -self.A_log.to(wide).exp() * dt
         o, S = linear_attention(C, B, (x * dt[..., None]).to(x.dtype), g, state=S, cu_seqlens=cu_seqlens)
         o = (o + self.skip.to(wide)[:, None] * x).flatten(-2).to(z.dtype)
-        y = self.out_proj(self.norm(silu_gated(o, z)))
+        y = self.out_proj(silu_gated(o, z) if self.norm is None else self.norm(o, z, gate_first=True))
         return mask_padding(y, cu_seqlens), None if state is None else Mamba2State(conv, S)
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> Mamba2State:

@@ -107,7 +107,7 @@ class MLSTM(Layer):
             state=None if S is None else (S, z),
             cu_seqlens=cu_seqlens,
         )
-        y = mask_padding(self.o_proj(self.norm(o.flatten(-2)) * self.out_gate(x).sigmoid()), cu_seqlens)
+        y = mask_padding(self.o_proj(self.norm(o.flatten(-2), self.out_gate(x), activation="sigmoid")), cu_seqlens)
         return y, None if carried is None else MLSTMState(*carried, m)
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> MLSTMState:

@@ -16,7 +16,6 @@ from subquad.layers.base import (
     check_divides,
     default_head_dim,
     residual_linear,
-    silu_gated,
     state_dtype,
 )
 from subquad.layers.norms import GroupNorm
@@ -81,7 +80,7 @@ class Retention(Layer):
         cos, sin = rotary_angles(q, count, cu_seqlens, self.K, self.rope_theta)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin) * self.K**-0.5
         o, S = linear_attention(q, k, v, self.log_decay(q), state=S, cu_seqlens=cu_seqlens)
-        y = mask_padding(self.o_proj(silu_gated(self.norm(o.flatten(-2)), self.z_proj(x))), cu_seqlens)
+        y = mask_padding(self.o_proj(self.norm(o.flatten(-2), self.z_proj(x))), cu_seqlens)
         return y, None if state is None else RetentionState(S, advance(count, x.shape[1], cu_seqlens))
 
     def log_decay(self, like: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from subquad.layers.base import (
     no_weight_decay,
     own_init,
     residual_linear,
-    silu_gated,
     state_dtype,
 )
 from subquad.layers.norms import GroupNorm
@@ -149,7 +148,7 @@ class MatrixWKV(Layer):
         )
         g = self.log_decay(*rest)
         o, S = linear_attention(r, k, v, g, exclusive=True, bonus=self.bonus, state=S, cu_seqlens=cu_seqlens)
-        y = self.o_proj(silu_gated(self.norm(o.flatten(-2)), self.z_proj(x_z)))
+        y = self.o_proj(self.norm(o.flatten(-2), self.z_proj(x_z)))
         return mask_padding(y, cu_seqlens), None if state is None else MatrixWKVState(shift, S)
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> MatrixWKVState:

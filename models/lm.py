@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from subquad.errors import UserError
 from subquad.layers.build import build_layer
-from subquad.layers.norms import RMSNorm
+from subquad.layers.norms import GroupNorm, RMSNorm
 from subquad.models.config import LMConfig
 
 
@@ -34,6 +34,8 @@ class LMState(NamedTuple):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)); either may be absent.
 
+    x, y, state, shared = block(x, y, state, cu_seqlens, shared): y is what the block before (or this one) adds to the
+    residual stream x, left to the norm that comes next, which does both in one call; None at first.
     parallel: x + mixer(norm(x)) + ffn(norm(x)) with one norm for both.
     """
 
@@ -50,14 +52,20 @@ class Block(nn.Module):
         }
 
     def forward(
-        self, x: Tensor, state: BlockState | None, cu_seqlens: Tensor | None, shared: dict[str, Any]
-    ) -> tuple[Tensor, BlockState | None, dict[str, Any]]:
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        state: BlockState | None,
+        cu_seqlens: Tensor | None,
+        shared: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None, BlockState | None, dict[str, Any]]:
         # A copy: under activation checkpointing this runs twice, and a dict that was mutated the first time would not
         # be the one that the first run saw.
         shared = dict(shared)
-        states, normed = [], None
+        states = []
         if self.parallel and self.mixer_norm is not None:
-            normed = self.mixer_norm(x)
+            normed, x = added_norm(self.mixer_norm, x, y)
+            y = None
         for part, norm in (("mixer", self.mixer_norm), ("ffn", self.ffn_norm)):
             layer = getattr(self, part)
             if layer is None:
@@ -65,15 +73,23 @@ class Block(nn.Module):
                 continue
             extra = {"shared": shared} if self.takes_shared[part] else {}
             before = None if state is None else getattr(state, part)
-            y, after = layer(norm(x) if normed is None else normed, state=before, cu_seqlens=cu_seqlens, **extra)
-            x = x + y
+            if not self.parallel:
+                normed, x = added_norm(norm, x, y)
+                y = None
+            made, after = layer(normed, state=before, cu_seqlens=cu_seqlens, **extra)
+            y = made if y is None else y + made
             states.append(after)
-        return x, None if state is None else BlockState(*states), shared
+        return x, y, None if state is None else BlockState(*states), shared
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None) -> BlockState:
         return BlockState(
             *(() if p is None else p.init_state(batch_size, max_len, dtype) for p in (self.mixer, self.ffn))
         )
+
+
+def added_norm(norm: nn.Module, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(norm(x + y), x + y)"""
+    return (norm(x), x) if y is None else norm(y, residual=x)
 
 
 class LM(nn.Module):
@@ -90,7 +106,7 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         d, flat = config.d_model, config.flat_blocks()
-        make_norm = partial(RMSNorm if config.norm == "rms" else nn.LayerNorm, d, eps=config.norm_eps)
+        make_norm = partial(RMSNorm if config.norm == "rms" else GroupNorm, d, eps=config.norm_eps)
         self.embedding = nn.Embedding(config.vocab_size, d)
         blocks = []
         for i, (where, spec) in enumerate(flat):
@@ -162,17 +178,18 @@ class LM(nn.Module):
         self, tokens: Int[Tensor, "B T"], state: LMState | None = None, cu_seqlens: Int[Tensor, "M"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], LMState | None, dict[str, Any]]:
         """What the head reads, the new state, and what the layers shared (losses, router loads) by name."""
-        x, shared, states = self.embedding(tokens), {}, []
+        x, y, shared, states = self.embedding(tokens), None, {}, []
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.blocks[i]
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, after, shared = checkpoint(block, x, before, cu_seqlens, shared, use_reentrant=False)
+                x, y = x if y is None else x + y, None  # a block keeps one tensor, not two
+                x, y, after, shared = checkpoint(block, x, y, before, cu_seqlens, shared, use_reentrant=False)
             else:
-                x, after, shared = block(x, before, cu_seqlens, shared)
+                x, y, after, shared = block(x, y, before, cu_seqlens, shared)
             states.append(after)
-        return self.norm(x), None if state is None else LMState(tuple(states)), shared
+        return added_norm(self.norm, x, y)[0], None if state is None else LMState(tuple(states)), shared
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> LMState:
         """The state of `batch_size` sequences before any token, with caches for max_len tokens."""

@@ -113,6 +113,7 @@ def test_checks_cover_every_op_and_case():
     settings = {(check.setting, check.dtype, check.variant) for check in gpu_check.checks(["scan"], "cuda:0", (9, 0))}
     assert settings == {(setting, dtype, n) for setting, dtype in gpu_check.SETTINGS for n in range(2)}
     assert found[0].widths[0] == 256
+    assert {(check.setting, check.dtype) for check in gpu_check.checks(["norm"], "cuda:0")} == set(gpu_check.STATELESS)
 
 
 def test_cases_use_every_entry_of_this_gpu(monkeypatch):

@@ -172,7 +172,7 @@ def test_rwkv7_and_its_first_value(checkpointed):
     pattern = [{"ffn": {"name": "MLP", "d_ff": 32}}, {"mixer": mixer}, {"mixer": mixer}]
     model = randomized(LM.from_config({"d_model": 24, "vocab_size": 50, "blocks": [{"repeat": 1, "pattern": pattern}]}))
     tokens = torch.randint(50, (1, T))
-    x, value = model.blocks[0](model.embedding(tokens), None, None, {})[0], None
+    x, value = sum(model.blocks[0](model.embedding(tokens), None, None, None, {})[:2]), None
     for block in model.blocks[1:]:
         y, v = rwkv7(block.mixer, block.mixer_norm(x)[0], value)
         x, value = x + y, v if value is None else value
