@@ -16,7 +16,7 @@ from torch import Tensor
 
 from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
-from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.launch import cdiv, kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds, segments
 from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, rows, store_tile, strided
 
@@ -216,7 +216,7 @@ class Affine:
         self.K = next(t.shape[3] for t in (E, F) if t is not None)
         self.config = config("affine", device=x.device, K=self.K, V=self.V, size=x.element_size())
         self.config["BLOCK_V"] = columns(self.V, x.dtype, self.config["BLOCK_V"])
-        programs = self.B * self.H * triton.cdiv(self.V, self.config["BLOCK_V"])
+        programs = self.B * self.H * cdiv(self.V, self.config["BLOCK_V"])
         if W is not None:  # one fills the shared memory that two of the others share
             programs *= 2
         self.cut: Segments = segments(x, cu_seqlens, programs)
@@ -250,7 +250,7 @@ class Affine:
             some = starts[:0]
             exact = "ieee" if self.options["PRECISION"] == "ieee" else "tf32x3"
             block = columns(V, torch.float32, 32)
-            _through_segments[(triton.cdiv(V, block), self.cut.n_seqs * H)](
+            _through_segments[(cdiv(V, block), self.cut.n_seqs * H)](
                 moves, self.transitions, total, some if S is None else S, starts, some if last is None else last,
                 self.cut.first, self.cut.per_sequence, self.cut.packed, int(S is not None), int(last is not None), H,
                 K=K, V=V, WIDTH=moves.shape[3], BLOCK_K=columns(K, torch.float32), BLOCK_V=block,
@@ -268,7 +268,7 @@ class Affine:
         self._launch(before, out, u, states, last if self.cut.whole else None, None, False)
 
     def _launch(self, before, out, u, states, last, total, matrix: bool) -> None:
-        programs = self.cut.count * self.H * triton.cdiv(self.V + matrix * self.K, self.config["BLOCK_V"])
+        programs = self.cut.count * self.H * cdiv(self.V + matrix * self.K, self.config["BLOCK_V"])
         if not programs:
             return
         some = self.cut.unread

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.launch import cdiv, kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
 from subquad.kernels.triton.tiles import exp2, padded
 
@@ -51,7 +51,7 @@ def cumulate(g: Tensor, chunks: Segments, sums: Tensor, whole: Tensor) -> None:
     H, K = g.shape[2:]
     block = min(padded(K), 128)
     if sums.numel():
-        _cumulate[(chunks.count * H * triton.cdiv(K, block),)](
+        _cumulate[(chunks.count * H * cdiv(K, block),)](
             g, *g.stride(), sums, whole, chunks.table, g.shape[1], chunks.per_sequence, chunks.packed, H,
             K=K, C=CHUNK, BLOCK=block, ROWS=16, num_warps=max(1, block // 32),
         )  # fmt: skip

@@ -1,11 +1,10 @@
 """Scalar log decays cumulated within chunks, once for all the programs that read them, and their gradient."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.launch import cdiv, kernel, power_of_2
 from subquad.kernels.triton.segments import CHUNK, Segments, cut, segment_bounds
 
 
@@ -45,9 +44,9 @@ def cumulate(g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     T, H = g.shape[1:]
     gates = new_gates(g)
     chunks = cut(g, cu_seqlens, CHUNK)
-    heads = min(16, triton.next_power_of_2(H))
+    heads = min(16, power_of_2(H))
     if gates.numel():
-        _cumulate[(chunks.count, triton.cdiv(H, heads))](
+        _cumulate[(chunks.count, cdiv(H, heads))](
             g, *g.stride(), gates, chunks.table, T, chunks.per_sequence, chunks.packed, H, C=CHUNK, HEADS=heads,
         )  # fmt: skip
     return gates

@@ -16,6 +16,16 @@ import triton
 from subquad.kernels.backend import INTERPRETED
 
 
+def cdiv(x: int, size: int) -> int:
+    """How many pieces of `size` cover x. Triton's own is a device function, ten times as slow on the host."""
+    return -(-x // size)
+
+
+def power_of_2(x: int) -> int:
+    """The next one from x on."""
+    return 1 << max(x - 1, 0).bit_length()
+
+
 def kernel(function: Callable[..., None] | None = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
     """As `triton.jit`, of a function that is launched: `f[grid](tensor, ..., CONSTANT=..., num_warps=...)`.
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.kernels.operators import operator
-from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.launch import cdiv, kernel, power_of_2
 from subquad.kernels.triton.tiles import rows
 
 VALUES = 2048  # of a tile, 16 a thread; rows that are longer take more threads
@@ -154,7 +154,7 @@ def _norm(
     if y.numel():
         (x, z, residual), M, G, N = _in_rows((x, z, residual), n_groups)
         shape, weight, bias = _tile(N), *_contiguous(weight, bias)
-        _forward[(triton.cdiv(M, shape["ROWS"]) * G,)](
+        _forward[(cdiv(M, shape["ROWS"]) * G,)](
             *x, *z, *residual, weight, bias, N if n_groups > 1 else 0, None if residual[0] is None else total, y, M, G,
             N=N, CENTERED=centered, SILU=silu, FIRST=gate_first, SCALE=scale, EPS=eps, **shape,
         )  # fmt: skip
@@ -183,9 +183,9 @@ def _norm_backward(
     if x.numel():
         (taken, z, dy, dtotal), M, G, N = _in_rows((x, z, dy, dtotal), n_groups)
         shape, weight, bias = _tile(N), *_contiguous(weight, bias)
-        share = triton.cdiv(M, triton.cdiv(PROGRAMS, G))
-        stretch = triton.cdiv(share, shape["ROWS"]) * shape["ROWS"]
-        n_programs = triton.cdiv(M, stretch)
+        share = cdiv(M, cdiv(PROGRAMS, G))
+        stretch = cdiv(share, shape["ROWS"]) * shape["ROWS"]
+        n_programs = cdiv(M, stretch)
         if weight is not None or bias is not None:
             partial = torch.empty(n_programs, G, 2, N, dtype=torch.float32, device=x.device)
         _backward[(n_programs * G,)](
@@ -243,7 +243,7 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _tile(N: int) -> dict[str, int]:
-    block = triton.next_power_of_2(N)
+    block = power_of_2(N)
     n_rows = max(1, VALUES // block)
     return {"ROWS": n_rows, "BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.kernels.operators import operator
-from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.launch import cdiv, kernel, power_of_2
 from subquad.kernels.triton.spans import row_spans, span_of
 from subquad.kernels.triton.tiles import rows
 
@@ -223,7 +223,7 @@ def _launch(f, i, state, last, cu_seqlens) -> Tensor:
     one_block = cu_seqlens is None and STEP["rows"] >= T
     table = STEP | ({"rows": 1, "unroll": 1} if T == 1 else {}) if one_block else FORWARD
     shape, n_blocks = _tile(table, C)
-    places = B * triton.cdiv(T, table["rows"])
+    places = B * cdiv(T, table["rows"])
     given = [*_rows_of(f, C), *_rows_of(i, C), state, C]
     spans = row_spans(T, cu_seqlens)
 
@@ -247,9 +247,9 @@ def _launch(f, i, state, last, cu_seqlens) -> Tensor:
 
 def _carried(gains: Tensor, owns: Tensor, B: int, C: int, *, forwards: bool) -> Tensor:
     after = torch.empty_like(gains)
-    block = min(CARRY["block"], triton.next_power_of_2(C))
+    block = min(CARRY["block"], power_of_2(C))
     options = {"TILE": CARRY["TILE"], "BLOCK": block, "MAX": forwards, "num_warps": CARRY["num_warps"]}
-    _carry[(B * triton.cdiv(C, block),)](gains, owns, after, gains.shape[0] // B, C=C, **options)
+    _carry[(B * cdiv(C, block),)](gains, owns, after, gains.shape[0] // B, C=C, **options)
     return after
 
 
@@ -264,7 +264,7 @@ def _max_backward(
     B, T = i.shape[:2]
     C = prod(i.shape[2:])
     shape, n_blocks = _tile(BACKWARD, C)
-    places = B * triton.cdiv(T, BACKWARD["rows"])
+    places = B * cdiv(T, BACKWARD["rows"])
     given = [*_rows_of(f, C), *_rows_of(i, C), *_rows_of(dm, C), state.contiguous(), C, m, dlast.contiguous()]
     spans = row_spans(T, cu_seqlens)
 
@@ -303,7 +303,7 @@ def _rows_of(x: Tensor, C: int) -> tuple[Tensor, int, int]:
 
 def _tile(table: dict[str, int], C: int) -> tuple[dict[str, int], int]:
     """The kernel's options for C channels, and how many blocks of channels those are."""
-    block = min(table["block"], triton.next_power_of_2(C))
+    block = min(table["block"], power_of_2(C))
     warps = max(1, block // (32 * table["channels"]))
     options = {"ROWS": table["rows"], "UNROLL": table["unroll"], "BLOCK": block, "num_warps": warps}
-    return options, triton.cdiv(C, block)
+    return options, cdiv(C, block)

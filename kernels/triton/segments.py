@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.launch import cdiv, kernel
 
 CHUNK = 64  # tokens of a chunk, in every kernel that works in chunks
 PROGRAMS = 264  # that run at once: two on each of the 132 multiprocessors of an H100 or H200
@@ -171,6 +171,6 @@ def clear_padding(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
     """Zero the rows of x [1, T, ...] past the last sequence, in place."""
     if x is not None and cu_seqlens is not None and x.numel():
         width = x[0, 0].numel()
-        grid = (triton.cdiv(x.shape[1], 64),)
+        grid = (cdiv(x.shape[1], 64),)
         _clear[grid](x, cu_seqlens, cu_seqlens.numel() - 1, x.shape[1], width, ROWS=64, BLOCK=1024)
     return x

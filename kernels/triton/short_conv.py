@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.kernels.operators import operator
-from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.launch import cdiv, kernel, power_of_2
 from subquad.kernels.triton.spans import row_spans, span_of
 from subquad.kernels.triton.tiles import rows
 
@@ -329,7 +329,7 @@ def _launch(x, weight, bias, state, last, cu_seqlens, silu) -> Tensor:
     after = [None, 0, 0] if state is None else [last, last.stride(0), last.stride(1)]
     if y.numel():
         shape, n_blocks = _tile(table, D)
-        _forward[(B * triton.cdiv(T, table["rows"]) * n_blocks,)](
+        _forward[(B * cdiv(T, table["rows"]) * n_blocks,)](
             *_rows_of(x), *_taps(weight, T), bias, *before, *(after if step else [None, 0, 0]), y,
             row_spans(T, cu_seqlens), T, D=D, W=W, SILU=silu, ALIGN=_alignment(x), ROWS=table["rows"], **shape,
         )  # fmt: skip
@@ -357,9 +357,9 @@ def _conv_backward(
     dlast = None if state is None else dlast.contiguous()
     given = [*_rows_of(x), *_rows_of(dy), *_taps(weight, T), bias, *before, dlast]
     shape, n_blocks = _tile(BACKWARD, D)
-    share = triton.cdiv(B * T * n_blocks, BACKWARD["programs"])
-    stretch = max(BACKWARD["stretch"], triton.cdiv(share, BACKWARD["rows"]) * BACKWARD["rows"])
-    places = B * triton.cdiv(T, stretch)
+    share = cdiv(B * T * n_blocks, BACKWARD["programs"])
+    stretch = max(BACKWARD["stretch"], cdiv(share, BACKWARD["rows"]) * BACKWARD["rows"])
+    places = B * cdiv(T, stretch)
     partial = None if weight is None else torch.empty(places, W + 1, D, dtype=torch.float32, device=x.device)
     if x.numel():
         _backward[(places * n_blocks,)](
@@ -424,6 +424,6 @@ def _alignment(x: Tensor) -> int:
 
 def _tile(table: dict[str, int], D: int) -> tuple[dict[str, int], int]:
     """The kernel's options for D channels, and how many blocks those are."""
-    block = min(table["block"], triton.next_power_of_2(D))
+    block = min(table["block"], power_of_2(D))
     warps = max(1, block // (32 * table["channels"]))
-    return {"BLOCK": block, "num_warps": warps}, triton.cdiv(D, block)
+    return {"BLOCK": block, "num_warps": warps}, cdiv(D, block)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.launch import cdiv, kernel
 
 
 @kernel(do_not_specialize=["T", "n_seqs"])
@@ -31,7 +31,7 @@ def row_spans(time: int, cu_seqlens: Tensor | None) -> Tensor | None:
         return None
     spans = torch.empty(3, time, dtype=torch.int32, device=cu_seqlens.device)
     if time:
-        _spans[(triton.cdiv(time, 256),)](spans, cu_seqlens.contiguous(), time, cu_seqlens.numel() - 1, ROWS=256)
+        _spans[(cdiv(time, 256),)](spans, cu_seqlens.contiguous(), time, cu_seqlens.numel() - 1, ROWS=256)
     return spans
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.kernels.triton.configs import config
-from subquad.kernels.triton.launch import kernel
+from subquad.kernels.triton.launch import cdiv, kernel
 from subquad.kernels.triton.segments import clear_padding
 from subquad.kernels.triton.tiles import load_tile, padded, rows, store_tile
 
@@ -149,7 +149,7 @@ def step(
     den = torch.empty(B, T, H, dtype=torch.float32, device=v.device) if normalized else None
     values = config("step", device=v.device, K=K, V=V)
     block = min(values.pop("BLOCK_V"), padded(V))
-    programs = N * H * triton.cdiv(V, block)
+    programs = N * H * cdiv(V, block)
     if programs:
         some = torch.empty(0, dtype=torch.float32, device=v.device)  # stands for a pointer that is never followed
         step_pass[(programs,)](

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.kernels.backend import INTERPRETED
+from subquad.kernels.triton.launch import power_of_2
 
 EMULATED = tl.constexpr(INTERPRETED)  # kernels see no other globals
 
@@ -27,7 +28,7 @@ def precision(dtype: torch.dtype) -> dict[str, object]:
 
 def padded(width: int) -> int:
     """The tile that holds `width` columns: a power of two, and no less than a matrix product takes."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
 
 
 def columns(width: int, dtype: torch.dtype, most: int | None = None) -> int:
