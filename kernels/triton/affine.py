@@ -4,7 +4,8 @@ What happens inside a chunk is prepared chunk by chunk in parallel. What is left
 
     u = Y x + W S,    o = P x + Q S,    S <- whole * S + E^T x + F^T u
 
-with rows x [C, V], matrices P and Y [C, C], rows Q, W, E, F [C, K], and S as it was before the chunk. The forward
+with rows x [C, V], matrices P and Y [C, C], rows Q, W, E, F [C, K], of which E and F may come with a factor a row, and
+S as it was before the chunk. The forward
 passes of linear_attention, delta_rule and dplr_rule and the gradients of their states are this pass with other tensors.
 Yang et al. 2024, "Parallelizing linear transformers with the delta rule", for the chunks.
 """
@@ -18,7 +19,7 @@ from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.launch import cdiv, kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds, segments
-from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, rows, store_tile, strided
+from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, rows, shared, store_tile, strided
 
 
 @triton.jit
@@ -32,14 +33,14 @@ def _load_matrix(base, row, C: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @kernel(do_not_specialize=["T", "segment", "per_sequence", "packed", "carried", "emit"])
 def affine_pass(
-    # rows [B, T, H, width], each with the strides of B, T, H
+    # rows [B, T, heads, width], each with the strides of B, T, heads; of e and f, how many of H heads share one
     x, x_b, x_t, x_h,
     q, q_b, q_t, q_h,
     w, w_b, w_t, w_h,
-    e, e_b, e_t, e_h,
-    f, f_b, f_t, f_h,
-    # [chunks, H, C, C], and the decay over a chunk [chunks, H] or [chunks, H, K]
-    p, y, whole,
+    e, e_b, e_t, e_h, e_share,
+    f, f_b, f_t, f_h, f_share,
+    # [chunks, H, C, C]; factors of rows of e and f [chunks, H, C]; the decay over a chunk [chunks, H] or [chunks, H, K]
+    p, y, e_gain, f_gain, whole,
     # contiguous: rows out, the states before each chunk [chunks, H, K, V]
     o, u, states,
     # states before and after each segment [n, H, K, V], the latter [n, H, K, V + K] if MATRIX; its whole decay
@@ -51,7 +52,7 @@ def affine_pass(
 ):  # fmt: skip
     """MATRIX: x has K more columns, of zeros, and S the identity in them, which becomes the segment's transition.
 
-    ALIKE: the rows q, w, e, f that are given have the strides of f in common, or of e where there is no f.
+    ALIKE: the rows q, w, e, f that are given are as far apart as f's, or e's where there is no f.
     """
     WIDTH: tl.constexpr = V + K if MATRIX else V
     N_BLOCKS: tl.constexpr = (WIDTH + BLOCK_V - 1) // BLOCK_V
@@ -93,13 +94,13 @@ def affine_pass(
             fetch(x + b * x_b + h * x_h, x_t, token, block * BLOCK_V, BLOCK_V, V)
             if w is not None:
                 fetch(w + b * w_b + h * w_h, w_t, token, 0, BLOCK_K, K)
-                fetch(f + b * f_b + h * f_h, f_t, token, 0, BLOCK_K, K)
+                fetch(f + b * f_b + (h // f_share) * f_h, f_t, token, 0, BLOCK_K, K)
                 fetch(y + matrix, C, row, 0, C, C)
             if o is not None:
                 fetch(q + b * q_b + h * q_h, q_t, token, 0, BLOCK_K, K)
                 fetch(p + matrix, C, row, 0, C, C)
             if e is not None:
-                fetch(e + b * e_b + h * e_h, e_t, token, 0, BLOCK_K, K)
+                fetch(e + b * e_b + (h // e_share) * e_h, e_t, token, 0, BLOCK_K, K)
         if states is not None:
             store_tile(states + chunk * (K * V), V, key, col, key < K, S, V)
         values = load_tile(x + b * x_b + at * x_t + h * x_h, x_t, row, col, inside, V)
@@ -123,10 +124,14 @@ def affine_pass(
             if total is not None:
                 decayed *= kept
         if e is not None:
-            writers = load_tile(e + b * e_b + at * e_t + h * e_h, e_t, row, key, inside, K)
+            writers = load_tile(e + b * e_b + at * e_t + (h // e_share) * e_h, e_t, row, key, inside, K)
+            if e_gain is not None:
+                values *= tl.load(e_gain + chunk * C + row)[:, None]
             S += dot(tl.trans(writers), values, DOT, PRECISION)
         if w is not None:
-            writers = load_tile(f + b * f_b + at * f_t + h * f_h, f_t, row, key, inside, K)
+            writers = load_tile(f + b * f_b + at * f_t + (h // f_share) * f_h, f_t, row, key, inside, K)
+            if f_gain is not None:
+                found *= tl.load(f_gain + chunk * C + row)[:, None]
             S += dot(tl.trans(writers), found, DOT, PRECISION)
 
     store_tile(s_out + state_at * WIDTH, WIDTH, key, col, key < K * emit, S, WIDTH)
@@ -198,19 +203,20 @@ def _through_segments(
 class Affine:
     """The tensors of one pass in their roles. `states` finds what each segment starts from, `run` writes the rows out.
 
-    x [B, T, H, V] and rows Q, W, E, F [B, T, H, K] of any strides; P, Y [chunks, H, C, C] contiguous, finite where no
-    token is, read transposed if so said; `whole`: None, [chunks, H] or [chunks, H, K], float32. Chunks are numbered as
+    x [B, T, H, V] and rows Q, W, E, F [B, T, H, K] of any strides, heads of E and F may divide H; P, Y
+    [chunks, H, C, C] contiguous, finite where no token is, read transposed if so said; E_gain, F_gain [chunks, H, C],
+    float32: a factor a row; `whole`: None, [chunks, H] or [chunks, H, K], float32. Chunks are numbered as
     `segments.cut` numbers them. P and Q are given together, and so are Y, W and F. `reverse` goes from the last chunk
     to the first, and "before" is then after.
     """
 
     def __init__(
         self, x: Tensor, *, Q: Tensor | None = None, P: Tensor | None = None, Y: Tensor | None = None,
-        W: Tensor | None = None, E: Tensor | None = None, F: Tensor | None = None, whole: Tensor | None = None,
-        cu_seqlens: Tensor | None = None, reverse: bool = False, P_transposed: bool = False,
-        Y_transposed: bool = False,
+        W: Tensor | None = None, E: Tensor | None = None, F: Tensor | None = None, E_gain: Tensor | None = None,
+        F_gain: Tensor | None = None, whole: Tensor | None = None, cu_seqlens: Tensor | None = None,
+        reverse: bool = False, P_transposed: bool = False, Y_transposed: bool = False,
     ):  # fmt: skip
-        self.x, self.P, self.Y, self.whole = rows(x), P, Y, whole
+        self.x, self.P, self.Y, self.gains, self.whole = rows(x), P, Y, (E_gain, F_gain), whole
         self.B, self.T, self.H, self.V = x.shape
         self.Q, self.W, self.E, self.F = (None if t is None else rows(t) for t in (Q, W, E, F))
         self.K = next(t.shape[3] for t in (E, F) if t is not None)
@@ -221,7 +227,7 @@ class Affine:
             programs *= 2
         self.cut: Segments = segments(x, cu_seqlens, programs)
         self.transitions: Tensor | None = None  # of the segments [n, H, K, K], found by `states`
-        strides = {t.stride() for t in (self.Q, self.W, self.E, self.F) if t is not None}
+        strides = {t.stride(1) for t in (self.Q, self.W, self.E, self.F) if t is not None}
         self.options = {
             "K": self.K, "V": self.V, "BLOCK_K": columns(self.K, x.dtype), "C": CHUNK, "REVERSE": reverse,
             "VECTOR": whole is not None and whole.dim() == 3, "P_TRANSPOSED": P_transposed,
@@ -274,7 +280,8 @@ class Affine:
         some = self.cut.unread
         Q, P = (None, None) if out is None else (self.Q, self.P)
         affine_pass[(programs,)](
-            *strided(self.x), *strided(Q), *strided(self.W), *strided(self.E), *strided(self.F), P, self.Y, self.whole,
+            *strided(self.x), *strided(Q), *strided(self.W), *shared(self.E, self.H), *shared(self.F, self.H),
+            P, self.Y, *self.gains, self.whole,
             out, u, states, some if before is None else before, some if last is None else last, total,
             self.cut.table, self.T, self.cut.size, self.cut.per_sequence, int(self.cut.packed),
             int(before is not None), int(last is not None), self.H, MATRIX=matrix, **self.options,

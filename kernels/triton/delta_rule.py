@@ -99,8 +99,8 @@ def _forward(q, k, v, beta, g, S, cu_seqlens, last, u=None, states=None):
     """(out, the scores under a decay for every channel, or None)"""
     chunks = cut(v, cu_seqlens, CHUNK)
     scores = delta_scores(q, k, g, chunks) if g is not None and g.dim() == 4 else None
-    P, Q, Y, W, writers, whole = prepare_delta(q, k, beta, g if scores is None else scores, chunks)
-    run = Affine(v, Q=Q, P=P, Y=Y, W=W, F=writers, whole=whole, cu_seqlens=cu_seqlens)
+    prepared = prepare_delta(q, k, beta, g if scores is None else scores, chunks)
+    run = Affine(v, **prepared._asdict(), cu_seqlens=cu_seqlens)
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
     run.run(run.states(S, last), out, u=u, states=states, last=last)
     return clear_padding(out, cu_seqlens), scores
@@ -116,12 +116,12 @@ def delta_rule_triton_backward(
     chunks = cut(v, cu_seqlens, CHUNK)
     vector = g is not None and g.dim() == 4
     gates = Scores(pairs, q_since, k_since, k_until, None, whole, sums) if vector else g
-    Y, W, readers, writers, total = prepare_delta(q, k, beta, gates, chunks, reverse=True)
-    back = Affine(do, Y=Y, W=W, E=readers, F=writers, whole=total, cu_seqlens=cu_seqlens, reverse=True)
+    prepared = prepare_delta(q, k, beta, gates, chunks, reverse=True)
+    back = Affine(do, **prepared._asdict(), cu_seqlens=cu_seqlens, reverse=True)
     e, d_states, dS0 = torch.empty_like(u), chunk_states(do, q.shape[3], cu_seqlens), new_state(S, v)
     first = None if S is None else dS0
     back.run(back.states(dS, first), u=e, states=d_states, last=first)
-    del Y, W, readers, writers, back
+    del prepared, back
 
     dq, dk, dv, dbeta, dg = delta_gradient(q, k, v, beta, g, sums, whole, do, u, e, states, d_states, chunks)
     for x in (dq, dk, dv, dbeta, dg):

@@ -1,5 +1,6 @@
 """Chunks of the delta rule made ready for the pass over the states: forward, or reversed for the gradients."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,28 +10,32 @@ from torch import Tensor
 from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.pair_scores import Scores, pair_scores
 from subquad.kernels.triton.prepare import chunk_matrices, inverse, launch, load_matrix, row_tensor, store_matrix
-from subquad.kernels.triton.segments import Segments, segment_bounds
-from subquad.kernels.triton.tiles import cumulated, dot, load_tile, rows, store_tile
+from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
+from subquad.kernels.triton.tiles import cumulated, dot, exp2, load_tile, rows, store_tile
 
 
 class DeltaChunks(NamedTuple):
-    """u = Y v + W S; o = P v + Q S; S <- whole * S + F^T u: u are the writes."""
+    """u = Y v + W S; o = P v + Q S; S <- whole * S + (F_gain F)^T u: u are the writes."""
 
     P: Tensor  # [n, H, C, C]
     Q: Tensor  # [B, T, H, K]
     Y: Tensor  # [n, H, C, C]
     W: Tensor  # [B, T, H, K]
-    F: Tensor  # [B, T, H, K]: keys decayed to the chunk's end
+    F: Tensor  # [B, T, heads, K]: keys, decayed to the chunk's end by F_gain
+    F_gain: Tensor | None  # [n, H, C] float32; None where F is decayed already, or nothing is
     whole: Tensor | None  # float32 [n, H, K], [n, H] for a scalar decay
 
 
 class DeltaChunksReversed(NamedTuple):
-    """e = Y do + W dS; dS <- whole * dS + E^T do + F^T e: e is the gradient of the writes, beta e that of v."""
+    """e = Y do + W dS; dS <- whole * dS + (E_gain E)^T do + (F_gain F)^T e: e is the gradient of the writes, beta e
+    that of v."""
 
     Y: Tensor
     W: Tensor
-    E: Tensor  # readers decayed since the chunk's start
-    F: Tensor  # -beta k, decayed since the chunk's start
+    E: Tensor  # readers, decayed since the chunk's start by E_gain
+    F: Tensor  # keys; F_gain is -beta and their decay since the chunk's start
+    E_gain: Tensor | None
+    F_gain: Tensor
     whole: Tensor | None
 
 
@@ -49,23 +54,26 @@ def prepare_delta(
     """
     H, K = beta.shape[2], q.shape[3]
     like, matrix, row = q, (lambda: chunk_matrices(q, chunks, H)), (lambda: row_tensor(q, H, K))
+    new = partial(torch.empty, dtype=torch.float32, device=q.device)
     whole, pairs, key_until, gate, strides = None, None, None, 0, (0, 0, 0)
     if isinstance(g, Scores):
         q, k, key_until, whole, pairs, gate = g.r1_since, g.r2_since, g.w1_until, g.whole, g.pairs, 2
     elif g is not None:
-        whole, gate, strides = torch.empty(chunks.count, H, dtype=torch.float32, device=q.device), 1, g.stride()
+        whole, gate, strides = new(chunks.count, H), 1, g.stride()
     q, k = rows(q), rows(k)
-    # What a decay for every channel leaves as it is, its scores hold already.
+    # A decay for every channel is in the rows of its scores already.
+    of_q = new(chunks.count, H, CHUNK) if gate == 1 and reverse else None
+    of_k = new(chunks.count, H, CHUNK) if gate == 1 or reverse else None
     if reverse:
-        found = DeltaChunksReversed(matrix(), row(), q if gate == 2 else row(), row(), whole)
-        P, Q, Y, W, F = None, found.E, found.Y, found.W, found.F
+        found = DeltaChunksReversed(matrix(), row(), q, k, of_q, of_k, whole)
+        P, Q, Y, W = None, None, found.Y, found.W
     else:
-        found = DeltaChunks(matrix(), row(), matrix(), row(), key_until if gate == 2 else row(), whole)
-        P, Q, Y, W, F = found[:5]
+        found = DeltaChunks(matrix(), row(), matrix(), row(), k if key_until is None else key_until, of_k, whole)
+        P, Q, Y, W = found[:4]
     if chunks.count * H:
         prepare_delta_kernel[(chunks.count * H,)](
             q, *q.stride()[:3], H // q.shape[2], k, *k.stride()[:3], H // k.shape[2], beta, *beta.stride(),
-            g if gate == 1 else None, *strides, pairs, key_until, P, Q, Y, W, F, whole,
+            g if gate == 1 else None, *strides, pairs, key_until, P, Q, Y, W, of_q, of_k, whole,
             chunks.table, q.shape[1], chunks.size, chunks.per_sequence, chunks.packed, H,
             GATE=gate, REVERSE=reverse, **launch("prepare_delta", like, K, gates=gate),
         )  # fmt: skip
@@ -76,7 +84,8 @@ def prepare_delta(
 def prepare_delta_kernel(
     q, q_b, q_t, q_h, q_share, k, k_b, k_t, k_h, k_share, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
     pairs, key_until,  # of a decay for every channel, which q and k have in them then
-    P, Q, Y, W, F, whole,  # reversed: Q stands for E, P for nothing
+    P, Q, Y, W,  # reversed: no P, Q
+    of_q, of_k, whole,  # factors of the rows of q and k
     table, T, segment, per_sequence, packed, H,
     K: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
     REVERSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -100,17 +109,20 @@ def prepare_delta_kernel(
         gate = tl.load(g + row * g_t, mask=row < count, other=0.0)
         high, low, _, _, since, until, total = cumulated(gate, False)
         tl.store(whole + here, tl.exp(total))
+    if REVERSE:
+        if GATE == 1:
+            tl.store(of_q + here * C + row, since)
+            tl.store(of_k + here * C + row, -strength * since)
+        else:
+            tl.store(of_k + here * C + row, -strength)
+    elif GATE == 1:
+        tl.store(of_k + here * C + row, until)
 
-    # The scores of all pairs, and what both directions need of the decayed rows.
+    # The scores of all pairs.
     if GATE == 2:
         pairs += here * (2 * C * C)
         P0 = load_matrix(pairs, C, C)
         A = load_matrix(pairs + C * C, C, C)
-        if REVERSE:
-            for c in tl.static_range(0, K, BLOCK_K):
-                col = c + tl.arange(0, BLOCK_K)
-                late = load_tile(k, k_t, row, col, row < count, K).to(tl.float32)
-                store_tile(F + out, line, row, col, row < count, late * -strength[:, None], K)
     else:
         P0 = tl.zeros([C, C], tl.float32)
         A = tl.zeros([C, C], tl.float32)
@@ -120,20 +132,9 @@ def prepare_delta_kernel(
             key = load_tile(k, k_t, row, col, row < count, K)
             P0 += dot(reader, tl.trans(key), DOT, PRECISION)
             A += dot(key, tl.trans(key), DOT, PRECISION)
-            if REVERSE:
-                if GATE == 1:
-                    store_tile(Q + out, line, row, col, row < count, reader * since[:, None], K)
-                    store_tile(F + out, line, row, col, row < count, key * -(strength * since)[:, None], K)
-                else:
-                    store_tile(Q + out, line, row, col, row < count, reader, K)
-                    store_tile(F + out, line, row, col, row < count, key * -strength[:, None], K)
-            elif GATE == 1:
-                store_tile(F + out, line, row, col, row < count, key * until[:, None], K)
-            else:
-                store_tile(F + out, line, row, col, row < count, key, K)
         if GATE == 1:
             gap = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-            pairs = tl.exp(tl.where(row[:, None] >= row[None, :], gap, float("-inf")))
+            pairs = exp2(tl.where(row[:, None] >= row[None, :], gap * 1.4426950408889634, float("-inf")))
             P0 *= pairs
             A *= pairs
         else:

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.unchecked
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 DTYPES = [torch.float32] if DEVICE == "cpu" else list(BOUND)
-GROUPS = {"linear": "QPE", "delta": "QPYWF", "dplr": "QPYWEF", "delta's gradient": "YWEF"}
+# Small letters: factors of the rows; G: one head of E and F for all.
+GROUPS = {"linear": "QPE", "delta": "QPYWFfG", "dplr": "QPYWEF", "delta's gradient": "YWEFef"}
 C = segments.CHUNK
 
 
@@ -55,8 +56,8 @@ def tensors(
     """Random ones, of a size that keeps S moderate; NaN in rows, and 9 in matrices, wherever no token is."""
     generator = torch.Generator().manual_seed(0)
 
-    def rows(width: int, scale: float, spare: int = 3) -> Tensor:
-        wide = scale * torch.randn(layout.B, layout.T, H, width + spare, generator=generator)
+    def rows(width: int, scale: float, spare: int = 3, heads: int = H) -> Tensor:
+        wide = scale * torch.randn(layout.B, layout.T, heads, width + spare, generator=generator)
         for b in range(layout.B):
             used = max(end for row, _, end, _ in layout.sequences if row == b)
             wide[b, used:] = float("nan")
@@ -66,7 +67,10 @@ def tensors(
     for name in "QWEF":
         if name in groups:
             spare = 3 if alike else "QWEF".index(name)
-            given[name] = rows(K, {"Q": 1.0, "W": 0.5 / K}.get(name, C**-0.5), spare)
+            heads = 1 if "G" in groups and name in "EF" else H
+            given[name] = rows(K, {"Q": 1.0, "W": 0.5 / K}.get(name, C**-0.5), spare, heads)
+        if name.lower() in groups:
+            given[f"{name}_gain"] = 2 * torch.rand(layout.n_chunks, H, C, generator=generator).to(DEVICE) - 1
     for name in "PY":
         if name in groups:
             matrix = torch.full((layout.n_chunks, H, C, C), 9.0)
@@ -88,6 +92,12 @@ def expected(layout: Layout, given: dict[str, Tensor], S: Tensor, reverse: bool,
         t |= {name: t[name].mT for name in "PY" if name in t}
     x = t["x"]
     H, K, V = S.shape[1:]
+
+    def of(name, b, span, h, c):
+        rows = t[name][b, span, h // (H // t[name].shape[2])]
+        gain = t.get(f"{name}_gain")
+        return rows if gain is None else rows * gain[c, h, : rows.shape[0], None]
+
     o, u = torch.zeros_like(x), torch.zeros_like(x)
     states, last = torch.zeros(layout.n_chunks, H, K, V, dtype=x.dtype, device=x.device), torch.empty_like(S.double())
     for n, (b, start, end, chunk) in enumerate(layout.sequences):
@@ -106,10 +116,10 @@ def expected(layout: Layout, given: dict[str, Tensor], S: Tensor, reverse: bool,
                 if "P" in t:
                     o[b, span, h] = t["P"][c, h, :m, :m] @ x_c + t["Q"][b, span, h] @ s
                 if "E" in t:
-                    after = after + t["E"][b, span, h].mT @ x_c
+                    after = after + of("E", b, span, h, c).mT @ x_c
                 if "Y" in t:
                     u[b, span, h] = t["Y"][c, h, :m, :m] @ x_c + t["W"][b, span, h] @ s
-                    after = after + t["F"][b, span, h].mT @ u[b, span, h]
+                    after = after + of("F", b, span, h, c).mT @ u[b, span, h]
                 s = after
             last[n, h] = s
     return o, u, states, last

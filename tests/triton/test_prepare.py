@@ -101,7 +101,12 @@ def compare(found, oracle, spots, H, dtype):
                     got.append(x[n, h].flatten())
                     want.append(matrix.flatten())
                 elif at is not None:
-                    value = x[n, h] if name == "whole" else x[at[0], at[1] : at[2], h]
+                    if name == "whole":
+                        value = x[n, h]
+                    elif name.endswith("_gain"):
+                        value = x[n, h, : at[2] - at[1]]
+                    else:
+                        value = head(x[at[0], at[1] : at[2]], h, H)
                     assert value.shape == expected[name].shape, name
                     got.append(value.flatten())
                     want.append(expected[name].flatten())
@@ -152,11 +157,14 @@ def test_delta(layout, K, G, gate, kind, reverse, dtype):
         T = torch.linalg.inv(torch.eye(c, dtype=torch.float64) + A)
         if gate == "scalar":
             whole = whole[0]
+        alone = gate != "vector"  # rows stay as they are, and their decays are factors
         if reverse:
-            F = -b[:, None] * k * since
-            return {"Y": (P0 @ T).mT, "W": T.mT @ (k * until), "E": q * since, "F": F, "whole": whole}
+            E, F = (q, k) if alone else (q * since, k * since)
+            gains = {"E_gain": since[:, 0], "F_gain": -b * (since[:, 0] if alone else 1)}
+            return {"Y": (P0 @ T).mT, "W": T.mT @ (k * until), "E": E, "F": F, "whole": whole, **gains}
         Y, W = T @ b.diag(), -T @ (b[:, None] * k * since)
-        return {"P": P0 @ Y, "Q": q * since + P0 @ W, "Y": Y, "W": W, "F": k * until, "whole": whole}
+        F = {"F": k if alone else k * until, "F_gain": until[:, 0]}
+        return {"P": P0 @ Y, "Q": q * since + P0 @ W, "Y": Y, "W": W, "whole": whole, **F}
 
     compare(found, oracle, spots, H, dtype)
 
