@@ -40,7 +40,8 @@ SETTINGS = (  # of examples, what takes longest first
     (IN_PLACE, torch.float32),
 )
 STATELESS = (("fresh", torch.bfloat16), ("fresh", torch.float32))  # of an op that carries nothing
-USUAL = ((128, 128, torch.bfloat16), (64, 64, torch.bfloat16))  # checked whatever the table holds
+# Checked whatever the table holds.
+USUAL = ((128, 128, torch.float32), (128, 128, torch.bfloat16), (64, 64, torch.bfloat16))
 TIMED = Sizes(8, 2048, 16, 128)
 LIMIT_S = 300  # of one check
 MEMORY = 2**30  # bytes of the GPU that a process is given room for

@@ -4,8 +4,8 @@ What happens inside a chunk is prepared chunk by chunk in parallel. What is left
 
     u = Y x + W S,    o = P x + Q S,    S <- whole * S + E^T x + F^T u
 
-with rows x [C, V], matrices P and Y [C, C], rows Q, W, E, F [C, K], of which E and F may come with a factor a row, and
-S as it was before the chunk. The forward
+with rows x [C, V], matrices P and Y [C, C], rows Q, W, E, F [C, K], of which F may come with a factor a row, and S as
+it was before the chunk. The forward
 passes of linear_attention, delta_rule and dplr_rule and the gradients of their states are this pass with other tensors.
 Yang et al. 2024, "Parallelizing linear transformers with the delta rule", for the chunks.
 """
@@ -19,7 +19,18 @@ from subquad.kernels.backend import INTERPRETED
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.launch import cdiv, kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds, segments
-from subquad.kernels.triton.tiles import columns, dot, fetch, load_tile, precision, rows, shared, store_tile, strided
+from subquad.kernels.triton.tiles import (
+    columns,
+    dot,
+    fetch,
+    load_tile,
+    operand_size,
+    precision,
+    rows,
+    shared,
+    store_tile,
+    strided,
+)
 
 
 @triton.jit
@@ -39,8 +50,8 @@ def affine_pass(
     w, w_b, w_t, w_h,
     e, e_b, e_t, e_h, e_share,
     f, f_b, f_t, f_h, f_share,
-    # [chunks, H, C, C]; factors of rows of e and f [chunks, H, C]; the decay over a chunk [chunks, H] or [chunks, H, K]
-    p, y, e_gain, f_gain, whole,
+    # [chunks, H, C, C]; factors of f's rows [chunks, H, C]; the decay over a chunk [chunks, H] or [chunks, H, K]
+    p, y, gain, whole,
     # contiguous: rows out, the states before each chunk [chunks, H, K, V]
     o, u, states,
     # states before and after each segment [n, H, K, V], the latter [n, H, K, V + K] if MATRIX; its whole decay
@@ -125,13 +136,11 @@ def affine_pass(
                 decayed *= kept
         if e is not None:
             writers = load_tile(e + b * e_b + at * e_t + (h // e_share) * e_h, e_t, row, key, inside, K)
-            if e_gain is not None:
-                values *= tl.load(e_gain + chunk * C + row)[:, None]
             S += dot(tl.trans(writers), values, DOT, PRECISION)
         if w is not None:
             writers = load_tile(f + b * f_b + at * f_t + (h // f_share) * f_h, f_t, row, key, inside, K)
-            if f_gain is not None:
-                found *= tl.load(f_gain + chunk * C + row)[:, None]
+            if gain is not None:
+                found *= tl.load(gain + chunk * C + row)[:, None]
             S += dot(tl.trans(writers), found, DOT, PRECISION)
 
     store_tile(s_out + state_at * WIDTH, WIDTH, key, col, key < K * emit, S, WIDTH)
@@ -204,23 +213,23 @@ class Affine:
     """The tensors of one pass in their roles. `states` finds what each segment starts from, `run` writes the rows out.
 
     x [B, T, H, V] and rows Q, W, E, F [B, T, H, K] of any strides, heads of E and F may divide H; P, Y
-    [chunks, H, C, C] contiguous, finite where no token is, read transposed if so said; E_gain, F_gain [chunks, H, C],
-    float32: a factor a row; `whole`: None, [chunks, H] or [chunks, H, K], float32. Chunks are numbered as
+    [chunks, H, C, C] contiguous, finite where no token is, read transposed if so said; F_gain [chunks, H, C], float32:
+    a factor a row of F; `whole`: None, [chunks, H] or [chunks, H, K], float32. Chunks are numbered as
     `segments.cut` numbers them. P and Q are given together, and so are Y, W and F. `reverse` goes from the last chunk
     to the first, and "before" is then after.
     """
 
     def __init__(
         self, x: Tensor, *, Q: Tensor | None = None, P: Tensor | None = None, Y: Tensor | None = None,
-        W: Tensor | None = None, E: Tensor | None = None, F: Tensor | None = None, E_gain: Tensor | None = None,
-        F_gain: Tensor | None = None, whole: Tensor | None = None, cu_seqlens: Tensor | None = None,
-        reverse: bool = False, P_transposed: bool = False, Y_transposed: bool = False,
+        W: Tensor | None = None, E: Tensor | None = None, F: Tensor | None = None, F_gain: Tensor | None = None,
+        whole: Tensor | None = None, cu_seqlens: Tensor | None = None, reverse: bool = False,
+        P_transposed: bool = False, Y_transposed: bool = False,
     ):  # fmt: skip
-        self.x, self.P, self.Y, self.gains, self.whole = rows(x), P, Y, (E_gain, F_gain), whole
+        self.x, self.P, self.Y, self.gain, self.whole = rows(x), P, Y, F_gain, whole
         self.B, self.T, self.H, self.V = x.shape
         self.Q, self.W, self.E, self.F = (None if t is None else rows(t) for t in (Q, W, E, F))
         self.K = next(t.shape[3] for t in (E, F) if t is not None)
-        self.config = config("affine", device=x.device, K=self.K, V=self.V, size=x.element_size())
+        self.config = config("affine", device=x.device, K=self.K, V=self.V, size=operand_size(x.dtype))
         self.config["BLOCK_V"] = columns(self.V, x.dtype, self.config["BLOCK_V"])
         programs = self.B * self.H * cdiv(self.V, self.config["BLOCK_V"])
         if W is not None:  # one fills the shared memory that two of the others share
@@ -281,7 +290,7 @@ class Affine:
         Q, P = (None, None) if out is None else (self.Q, self.P)
         affine_pass[(programs,)](
             *strided(self.x), *strided(Q), *strided(self.W), *shared(self.E, self.H), *shared(self.F, self.H),
-            P, self.Y, *self.gains, self.whole,
+            P, self.Y, self.gain, self.whole,
             out, u, states, some if before is None else before, some if last is None else last, total,
             self.cut.table, self.T, self.cut.size, self.cut.per_sequence, int(self.cut.packed),
             int(before is not None), int(last is not None), self.H, MATRIX=matrix, **self.options,

@@ -37,23 +37,9 @@ def pair_weights(gap, row, DECAY: tl.constexpr, STRICT: tl.constexpr, REVERSE: t
 
 
 @triton.jit
-def load_gates(base, row, first, start, end, C: tl.constexpr, EXCLUSIVE: tl.constexpr):
-    """`cumulate`'s rows of a chunk as its writers and as its readers see them, and the chunk's whole decay; 16 bytes a
-    token. Rows past the end see its gate, so no difference turns positive. Nothing is read where there is no token."""
-    some = (row * 0 < end - start)[:, None]
-    final = tl.minimum(first + C, end) - 1
-    column = tl.arange(0, 4)[None, :]
-    written = tl.load(base + tl.minimum(first + row, final)[:, None] * 4 + column, mask=some, other=0.0)
-    read = written
-    if EXCLUSIVE:  # a reader comes before its own decay
-        token = tl.minimum(tl.maximum(first + row - 1, first), final)
-        read = tl.load(base + token[:, None] * 4 + column, mask=some, other=0.0)
-    return written, read, tl.load(base + 4 * final + 2, mask=end > start, other=0.0)
-
-
-@triton.jit
-def gate_columns(four, C: tl.constexpr):
-    """(high, low, since, until) [C] of `cumulate`'s rows."""
+def gate_columns(base, token, C: tl.constexpr):
+    """(high, low, since, until) [C] of `cumulate`'s rows: one load of 16 bytes a token, in one layout."""
+    four = tl.load(base + token[:, None] * 4 + tl.arange(0, 4)[None, :])
     even, odd = tl.split(four.reshape(C, 2, 2))
     high, since = tl.split(even)
     low, until = tl.split(odd)
@@ -105,9 +91,6 @@ def carry_pass(
         gate_row = gates + (b * H + h) * T * 4
 
     n_chunks = (end - start + C - 1) // C
-    if DECAY:  # of each chunk one turn ahead: unlike rows they are not asked for by `fetch`
-        begin = start + tl.maximum(n_chunks - 1, 0) * C if REVERSE else start
-        next_written, next_read, next_whole = load_gates(gate_row, row, begin, start, end, C, EXCLUSIVE)
     for i in range(n_chunks):
         first = start + (n_chunks - 1 - i if REVERSE else i) * C
         inside = row < end - first
@@ -125,19 +108,19 @@ def carry_pass(
         writers = load_tile(w + b * w_b + at * w_t + (h // w_share) * w_h, w_t, row, key, inside, K)
         values = load_tile(x + b * x_b + at * x_t + (h // x_share) * x_h, x_t, row, col, inside, V)
         if DECAY:
-            written, read_gates, whole = next_written, next_read, next_whole
-            turn = tl.maximum(n_chunks - 2 - i, 0) if REVERSE else tl.minimum(i + 1, n_chunks - 1)
-            next_written, next_read, next_whole = load_gates(gate_row, row, start + turn * C, start, end, C, EXCLUSIVE)
-            k_high, k_low, since, until = gate_columns(written, C)
-            if EXCLUSIVE:
-                q_high, q_low, since, _until = gate_columns(read_gates, C)
+            final = tl.minimum(first + C, end) - 1  # rows past the end see its gate, so no difference turns positive
+            k_high, k_low, since, until = gate_columns(gate_row, tl.minimum(first + row, final), C)
+            if EXCLUSIVE:  # a reader comes before its own decay
+                there = tl.minimum(tl.maximum(first + row - 1, first), final)
+                q_high, q_low, since, _until = gate_columns(gate_row, there, C)
                 q_high = tl.where(row > 0, q_high, 0.0)
                 q_low = tl.where(row > 0, q_low, 0.0)
                 since = tl.where(row > 0, since, 1.0)
             else:
                 q_high, q_low = k_high, k_low
+            whole = tl.load(gate_row + 4 * final + 2)
             if total is not None:
-                decayed += tl.load(gate_row + 4 * (tl.minimum(first + C, end) - 1))
+                decayed += tl.load(gate_row + 4 * final)
 
         if o is not None:
             readers = load_tile(r + b * r_b + at * r_t + (h // r_share) * r_h, r_t, row, key, inside, K)

@@ -30,6 +30,7 @@ from subquad.kernels.triton.tiles import (
     cumulated,
     dot,
     load_tile,
+    operand_size,
     precision,
     shared,
     store_tile,
@@ -270,7 +271,7 @@ class _Launch:
         dtype = self.v.dtype if self.v.dtype == torch.bfloat16 else torch.float32
         pairs = torch.empty(self.programs, matrices, CHUNK, CHUNK, dtype=dtype, device=self.v.device)
         own = self.new(n_own, self.programs, CHUNK)
-        tiles = config("chunk_products", device=self.v.device, V=self.V, size=self.v.element_size())
+        tiles = config("chunk_products", device=self.v.device, V=self.V, size=operand_size(self.v.dtype))
         tiles["BLOCK_V"] = columns(self.V, self.v.dtype, tiles["BLOCK_V"])
         chunk_products[(self.programs,)](
             *values, *self._head(g), *self._head(beta), *strided(v), pairs, own, dv, dbeta, blocks,
@@ -281,7 +282,7 @@ class _Launch:
 
     def _options(self, kernel: str, **gates: int) -> tuple[dict[str, int], int]:
         """Those of the launch, and how many blocks of columns of K there are."""
-        values = config(kernel, device=self.v.device, K=self.K, V=self.V, size=self.v.element_size(), **gates)
+        values = config(kernel, device=self.v.device, K=self.K, V=self.V, size=operand_size(self.v.dtype), **gates)
         values["BLOCK_K"] = columns(self.K, self.v.dtype, values["BLOCK_K"])
         values["BLOCK_V"] = columns(self.V, self.v.dtype, values["BLOCK_V"])
         return {"K": self.K, **values}, -(-self.K // values["BLOCK_K"])

@@ -60,22 +60,27 @@ SHIPPED: dict[str, Kernel] = {
     # Chunks made ready for the pass over the states, BLOCK_K columns at a time. With 8 warps a product of 64 rows that
     # feeds another is computed twice. `gates` as below.
     "prepare_delta": _PREPARE._replace(
-        entries=(Entry(H200, {"K": 128, "gates": 1}, {"BLOCK_K": 128, "num_warps": 4, "num_stages": 1}),)
+        entries=(
+            Entry(H200, {"K": 128, "gates": 1}, {"BLOCK_K": 128, "num_warps": 4, "num_stages": 1}),
+            Entry(H200, {"K": 128, "gates": 2, "size": 2}, {"BLOCK_K": 128, "num_warps": 4, "num_stages": 1}),
+        )
     ),
-    "prepare_dplr": _PREPARE,
+    "prepare_dplr": _PREPARE._replace(
+        entries=(Entry(H200, {"K": 128, "size": 2}, {"BLOCK_K": 128, "num_warps": 4, "num_stages": 1}),)
+    ),
     # Pairs of `readers` and `writers` under a decay for every channel, before those; `levels`: 0 one product, 1 many.
     "pair_scores": _PREPARE._replace(
         entries=(
             Entry(
                 H200,
-                {"K": 128, "readers": 2, "writers": 2, "levels": 0},
+                {"K": 128, "readers": 2, "writers": 2, "levels": 0, "size": 2},
                 {"BLOCK_K": 128, "num_warps": 8, "num_stages": 1},
             ),
             Entry(H200, {"K": 256, "readers": 1, "writers": 1}, {"BLOCK_K": 64, "num_warps": 4, "num_stages": 1}),
             Entry(H200, {"K": 256, "readers": 2, "writers": 2}, {"BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
         )
     ),
-    # As "carry", with up to four row tensors and two matrices a chunk; `size` is the bytes of an element of x.
+    # As "carry", with up to four row tensors and two matrices a chunk; `size` is the bytes of an operand.
     "affine": Kernel(
         default={"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
         candidates={"BLOCK_V": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},

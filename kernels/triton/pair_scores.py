@@ -28,7 +28,7 @@ from subquad.kernels.triton.fixed_point import (
 )
 from subquad.kernels.triton.launch import kernel, launch_each
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
-from subquad.kernels.triton.tiles import columns, precision, shared
+from subquad.kernels.triton.tiles import columns, operand_size, precision, shared
 
 MILDEST = 64  # bits
 LEAST = tl.constexpr(-MILDEST * 2**20)  # as sums have it
@@ -87,7 +87,7 @@ def pair_scores(
         variants = []
         for single in (True, False):
             widths = {"K": K, "readers": readers, "writers": writers, "levels": int(not single)}
-            values = config("pair_scores", device=r1.device, **widths)
+            values = config("pair_scores", device=r1.device, size=operand_size(r1.dtype), **widths)
             values["BLOCK_K"] = columns(K, r1.dtype, values["BLOCK_K"])
             variants.append({"SINGLE": single, **always, **values})
         launch_each(pair_scores_kernel, (n * H,), arguments, variants)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.segments import CHUNK, Segments
-from subquad.kernels.triton.tiles import columns, precision
+from subquad.kernels.triton.tiles import columns, operand_size, precision
 
 
 @triton.jit
@@ -66,6 +66,6 @@ def row_tensor(like: Tensor, H: int, K: int) -> Tensor:
 
 def launch(kernel: str, like: Tensor, K: int, **widths: int) -> dict[str, object]:
     """The constexpr options and launch parameters of a preparation of keys of K columns."""
-    values = config(kernel, device=like.device, K=K, **widths)
+    values = config(kernel, device=like.device, K=K, size=operand_size(like.dtype), **widths)
     values["BLOCK_K"] = columns(K, like.dtype, values["BLOCK_K"])
     return {"K": K, "C": CHUNK, **precision(like.dtype), **values}

@@ -27,14 +27,12 @@ class DeltaChunks(NamedTuple):
 
 
 class DeltaChunksReversed(NamedTuple):
-    """e = Y do + W dS; dS <- whole * dS + (E_gain E)^T do + (F_gain F)^T e: e is the gradient of the writes, beta e
-    that of v."""
+    """e = Y do + W dS; dS <- whole * dS + E^T do + (F_gain F)^T e: e is the writes' gradient, beta e that of v."""
 
     Y: Tensor
     W: Tensor
-    E: Tensor  # readers, decayed since the chunk's start by E_gain
+    E: Tensor  # readers decayed since the chunk's start
     F: Tensor  # keys; F_gain is -beta and their decay since the chunk's start
-    E_gain: Tensor | None
     F_gain: Tensor
     whole: Tensor | None
 
@@ -61,19 +59,19 @@ def prepare_delta(
     elif g is not None:
         whole, gate, strides = new(chunks.count, H), 1, g.stride()
     q, k = rows(q), rows(k)
-    # A decay for every channel is in the rows of its scores already.
-    of_q = new(chunks.count, H, CHUNK) if gate == 1 and reverse else None
-    of_k = new(chunks.count, H, CHUNK) if gate == 1 or reverse else None
+    # A decay for every channel is in the rows of its scores already. Readers meet rows that the pass has as they are
+    # to be multiplied, where a factor takes longer than here.
+    gain = new(chunks.count, H, CHUNK) if gate == 1 or reverse else None
     if reverse:
-        found = DeltaChunksReversed(matrix(), row(), q, k, of_q, of_k, whole)
-        P, Q, Y, W = None, None, found.Y, found.W
+        found = DeltaChunksReversed(matrix(), row(), row() if gate == 1 else q, k, gain, whole)
+        P, Q, Y, W = None, found.E, found.Y, found.W
     else:
-        found = DeltaChunks(matrix(), row(), matrix(), row(), k if key_until is None else key_until, of_k, whole)
+        found = DeltaChunks(matrix(), row(), matrix(), row(), k if key_until is None else key_until, gain, whole)
         P, Q, Y, W = found[:4]
     if chunks.count * H:
         prepare_delta_kernel[(chunks.count * H,)](
             q, *q.stride()[:3], H // q.shape[2], k, *k.stride()[:3], H // k.shape[2], beta, *beta.stride(),
-            g if gate == 1 else None, *strides, pairs, key_until, P, Q, Y, W, of_q, of_k, whole,
+            g if gate == 1 else None, *strides, pairs, key_until, P, Q, Y, W, gain, whole,
             chunks.table, q.shape[1], chunks.size, chunks.per_sequence, chunks.packed, H,
             GATE=gate, REVERSE=reverse, **launch("prepare_delta", like, K, gates=gate),
         )  # fmt: skip
@@ -84,8 +82,7 @@ def prepare_delta(
 def prepare_delta_kernel(
     q, q_b, q_t, q_h, q_share, k, k_b, k_t, k_h, k_share, beta, beta_b, beta_t, beta_h, g, g_b, g_t, g_h,
     pairs, key_until,  # of a decay for every channel, which q and k have in them then
-    P, Q, Y, W,  # reversed: no P, Q
-    of_q, of_k, whole,  # factors of the rows of q and k
+    P, Q, Y, W, gain, whole,  # reversed: no P, and Q stands for E
     table, T, segment, per_sequence, packed, H,
     K: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
     REVERSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -110,13 +107,9 @@ def prepare_delta_kernel(
         high, low, _, _, since, until, total = cumulated(gate, False)
         tl.store(whole + here, tl.exp(total))
     if REVERSE:
-        if GATE == 1:
-            tl.store(of_q + here * C + row, since)
-            tl.store(of_k + here * C + row, -strength * since)
-        else:
-            tl.store(of_k + here * C + row, -strength)
+        tl.store(gain + here * C + row, -strength * since if GATE == 1 else -strength)
     elif GATE == 1:
-        tl.store(of_k + here * C + row, until)
+        tl.store(gain + here * C + row, until)
 
     # The scores of all pairs.
     if GATE == 2:
@@ -132,6 +125,8 @@ def prepare_delta_kernel(
             key = load_tile(k, k_t, row, col, row < count, K)
             P0 += dot(reader, tl.trans(key), DOT, PRECISION)
             A += dot(key, tl.trans(key), DOT, PRECISION)
+            if REVERSE and GATE == 1:
+                store_tile(Q + out, line, row, col, row < count, reader * since[:, None], K)
         if GATE == 1:
             gap = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
             pairs = exp2(tl.where(row[:, None] >= row[None, :], gap * 1.4426950408889634, float("-inf")))

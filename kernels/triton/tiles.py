@@ -26,6 +26,11 @@ def precision(dtype: torch.dtype) -> dict[str, object]:
     return {"DOT": tl.float32, "PRECISION": "tf32" if single else "tf32x3"}
 
 
+def operand_size(dtype: torch.dtype) -> int:
+    """The bytes of an element of what products take their operands in, by which they fill shared memory."""
+    return 2 if dtype == torch.bfloat16 else 4
+
+
 def padded(width: int) -> int:
     """The tile that holds `width` columns: a power of two, and no less than a matrix product takes."""
     return max(16, power_of_2(width))

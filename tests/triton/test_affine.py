@@ -15,8 +15,8 @@ pytestmark = pytest.mark.unchecked
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 DTYPES = [torch.float32] if DEVICE == "cpu" else list(BOUND)
-# Small letters: factors of the rows; G: one head of E and F for all.
-GROUPS = {"linear": "QPE", "delta": "QPYWFfG", "dplr": "QPYWEF", "delta's gradient": "YWEFef"}
+# f: factors of F's rows; G: one head of E and F for all.
+GROUPS = {"linear": "QPE", "delta": "QPYWFfG", "dplr": "QPYWEF", "delta's gradient": "YWEFf"}
 C = segments.CHUNK
 
 
@@ -69,8 +69,8 @@ def tensors(
             spare = 3 if alike else "QWEF".index(name)
             heads = 1 if "G" in groups and name in "EF" else H
             given[name] = rows(K, {"Q": 1.0, "W": 0.5 / K}.get(name, C**-0.5), spare, heads)
-        if name.lower() in groups:
-            given[f"{name}_gain"] = 2 * torch.rand(layout.n_chunks, H, C, generator=generator).to(DEVICE) - 1
+        if name == "F" and "f" in groups:
+            given["F_gain"] = 2 * torch.rand(layout.n_chunks, H, C, generator=generator).to(DEVICE) - 1
     for name in "PY":
         if name in groups:
             matrix = torch.full((layout.n_chunks, H, C, C), 9.0)

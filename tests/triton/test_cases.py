@@ -5,7 +5,7 @@ import torch
 
 from subquad.compare.kernel_cases import CASES, Sizes
 from subquad.kernels import blocked
-from subquad.kernels.examples import run
+from subquad.kernels.examples import differences, run
 from subquad.kernels.triton import configs
 
 pytestmark = pytest.mark.unchecked
@@ -18,3 +18,13 @@ def test_a_case_uses_the_kernels_it_names(case):
     with configs.recorded() as launched, blocked.ignored():
         run(example, "triton")
     assert {kernel for kernel, _ in launched} == set(case.kernels)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a GPU's shared memory is what may not suffice")
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-4), (torch.float16, 2e-2)])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_wide_heads_fit_in_every_precision(case, dtype, bar):
+    example = case.example(Sizes(1, 70, 2, 128), dtype, DEVICE)
+    with blocked.ignored():
+        errors = differences(example, "triton")
+    assert all(x < bar for x in errors.values()), errors

@@ -14,6 +14,7 @@ from subquad.kernels.backend import backend
 from subquad.kernels.delta_rule import delta_rule
 from subquad.kernels.dplr_rule import dplr_rule
 from subquad.kernels.linear_attention import linear_attention
+from subquad.kernels.norm import norm
 from subquad.kernels.running_max import running_max
 from subquad.kernels.short_conv import short_conv
 
@@ -81,6 +82,21 @@ def maximum(rng, B, T, H, K, V):
     return running_max, [gate(rng, (B, T, H)), torch.randn(B, T, H, dtype=torch.float64)], {}, (H,)
 
 
+def normed(rng, B, T, H, K, V):
+    groups = rng.choice([1, 1, 2, K // 8])
+    shape = rng.choice([(B, T, K), (B, T, H, K)])
+    x, z, residual = torch.randn(3, *shape, dtype=torch.float64)
+    weight, bias = torch.randn(2, K, dtype=torch.float64)
+    parts = [x, *(rng.choice([None, part]) for part in (weight, bias, z, residual))]
+    options = {"centered": rng.random() < 0.5, "n_groups": groups, "activation": rng.choice(["silu", "sigmoid"])}
+    options |= {"gate_first": rng.random() < 0.5, "scale": rng.choice([1.0, 0.3]), "eps": rng.choice([1e-5, 0.1])}
+    return without_state, parts, options, None
+
+
+def without_state(x, weight, bias, z, residual, *, state, cu_seqlens, **options):
+    return norm(x, weight, bias, z=z, residual=residual, **options)
+
+
 def results(form, op, inputs, options, state, rows, dtype):
     inputs = [None if x is None else x.to("cuda", dtype).requires_grad_() for x in inputs]
     state = None if state is None else [s.to("cuda", dtype).requires_grad_() for s in state]
@@ -95,7 +111,7 @@ def results(form, op, inputs, options, state, rows, dtype):
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
-@pytest.mark.parametrize("make", [linear, delta, dplr, conv, maximum])
+@pytest.mark.parametrize("make", [linear, delta, dplr, conv, maximum, normed])
 def test_random_calls(make, batch):
     for number in range(DRAWS):
         rng = random.Random(f"{make.__name__} {batch} {number}")
@@ -107,7 +123,7 @@ def test_random_calls(make, batch):
             B, rows = 1, torch.tensor([0, *bounds, max(1, T - rng.randint(0, 3))], dtype=torch.int32, device="cuda")
         op, inputs, options, shape = make(rng, B, T, H, *rng.choice(WIDTHS))
         state = None
-        if rng.random() < 0.5:
+        if shape is not None and rng.random() < 0.5:
             n_seqs = B if rows is None else rows.numel() - 1
             state = [torch.randn(n_seqs, *shape, dtype=torch.float64)]
             if "normalizer" in options:

@@ -157,11 +157,10 @@ def test_delta(layout, K, G, gate, kind, reverse, dtype):
         T = torch.linalg.inv(torch.eye(c, dtype=torch.float64) + A)
         if gate == "scalar":
             whole = whole[0]
-        alone = gate != "vector"  # rows stay as they are, and their decays are factors
+        alone = gate != "vector"  # keys stay as they are, and their decays are factors
         if reverse:
-            E, F = (q, k) if alone else (q * since, k * since)
-            gains = {"E_gain": since[:, 0], "F_gain": -b * (since[:, 0] if alone else 1)}
-            return {"Y": (P0 @ T).mT, "W": T.mT @ (k * until), "E": E, "F": F, "whole": whole, **gains}
+            F = {"F": k, "F_gain": -b * since[:, 0]} if alone else {"F": k * since, "F_gain": -b}
+            return {"Y": (P0 @ T).mT, "W": T.mT @ (k * until), "E": q * since, "whole": whole, **F}
         Y, W = T @ b.diag(), -T @ (b[:, None] * k * since)
         F = {"F": k if alone else k * until, "F_gain": until[:, 0]}
         return {"P": P0 @ Y, "Q": q * since + P0 @ W, "Y": Y, "W": W, "whole": whole, **F}
