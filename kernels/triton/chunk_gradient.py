@@ -23,6 +23,7 @@ from torch import Tensor
 from subquad.kernels.triton.chunk_products import chunk_products
 from subquad.kernels.triton.configs import config
 from subquad.kernels.triton.launch import kernel, launch_each
+from subquad.kernels.triton.pair_scores import LOOKING
 from subquad.kernels.triton.prepare import load_matrix
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
 from subquad.kernels.triton.tiles import (
@@ -235,19 +236,20 @@ class _Launch:
         dbeta = None if beta is None else self.new(blocks + 1, self.B, self.T, self.H)
         if self.programs:
             found = (*strided(values[0]), *strided(values[1]), *strided(values[2]), *strided(values[3]))
+            places = self.programs * blocks
             n_own = 1 + (rows_in[3] is not None)
             pairs, own = self._products(found, halves**2, n_own, beta, None, v, dv, dbeta, blocks, VECTOR=True)
             arguments = [
                 *(argument for x in rows_in for argument in shared(x, self.H)), *found, *self._head(beta),
                 None if bonus is None else bonus.contiguous(), sums, whole, states, d_states, pairs, own, self.programs,
-                *grads, dg, dbeta, dbonus, *self.where, self.B * self.T, self.H,
+                *grads, dg, dbeta, dbonus, *self.where, self.B * self.T, self.H, places,
             ]  # fmt: skip
             always = {
                 "LEVELS": CHUNK.bit_length() - 1, "HALVES": halves, "EXCLUSIVE1": exclusive[0],
                 "EXCLUSIVE2": exclusive[1], **self.always, **options,
             }  # fmt: skip
-            variants = [{"SINGLE": single, **always} for single in (True, False)]
-            launch_each(vector_gradient, (self.programs * blocks,), arguments, variants)
+            grids = {True: (places,), False: (min(places, LOOKING),)}
+            launch_each(vector_gradient, arguments, [(grids[s], {"SINGLE": s, **always}) for s in grids])
         return None if dbeta is None else dbeta.sum(0)
 
     def scalar(self, q, k, g, do, e, u, states, d_states, dq, dk, *, beta, v, dv) -> tuple[Tensor, Tensor | None]:

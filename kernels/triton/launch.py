@@ -15,6 +15,8 @@ import triton
 
 from subquad.kernels.backend import INTERPRETED
 
+Variants = Sequence[tuple[tuple[int, ...], dict[str, Any]]]  # grids; constants and options
+
 
 def cdiv(x: int, size: int) -> int:
     """How many pieces of `size` cover x. Triton's own is a device function, ten times as slow on the host."""
@@ -49,25 +51,25 @@ class Kernel:
         self.compiled: dict[tuple, tuple[Any, list[Any]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments, **options: self.launch(grid, arguments, (options,))
+        return lambda *arguments, **options: self.launch(arguments, ((grid, options),))
 
-    def launch(self, grid: tuple[int, ...], arguments: Sequence[Any], variants: Sequence[dict[str, Any]]) -> None:
-        """Once with each of these constants and options; what is new of several is compiled side by side."""
+    def launch(self, arguments: Sequence[Any], variants: Variants) -> None:
+        """Once with each of these grids, constants and options; what is new of several is compiled side by side."""
         index = arguments[0].device.index
         if index == torch.cuda.current_device():
-            return self._launch(index, grid, arguments, variants)
+            return self._launch(index, arguments, variants)
         with torch.cuda.device(index):
-            self._launch(index, grid, arguments, variants)
+            self._launch(index, arguments, variants)
 
-    def _launch(self, index: Any, grid: Any, arguments: Sequence[Any], variants: Sequence[dict[str, Any]]) -> None:
+    def _launch(self, index: Any, arguments: Sequence[Any], variants: Variants) -> None:
         if self.key is None:
             self.key = specialization(self.jitted, arguments)
         shared = self.key(*arguments)
-        keys = [(index, shared, *options, *options.values()) for options in variants]
+        keys = [(index, shared, *options, *options.values()) for _, options in variants]
         if len(variants) > 1:
-            missing = [options for key, options in zip(keys, variants, strict=True) if key not in self.compiled]
-            self._compile(index, grid, arguments, missing)
-        for key, options in zip(keys, variants, strict=True):
+            missing = [variant for key, variant in zip(keys, variants, strict=True) if key not in self.compiled]
+            self._compile(index, arguments, missing)
+        for key, (grid, options) in zip(keys, variants, strict=True):
             found = self.compiled.get(key)
             if found is None:
                 made = self.jitted[grid](*arguments, **options)
@@ -76,23 +78,21 @@ class Kernel:
                 made, constants = found
                 made[*grid, *(1, 1)[: 3 - len(grid)]](*arguments, *constants)
 
-    def _compile(self, index: Any, grid: Any, arguments: Sequence[Any], missing: Sequence[dict[str, Any]]) -> None:
-        def warm(options: dict[str, Any]) -> None:
+    def _compile(self, index: Any, arguments: Sequence[Any], missing: Variants) -> None:
+        def warm(variant: tuple[tuple[int, ...], dict[str, Any]]) -> None:
             with torch.cuda.device(index):  # a new thread begins with the first
-                self.jitted.warmup(*arguments, grid=grid, **options)
+                self.jitted.warmup(*arguments, grid=variant[0], **variant[1])
 
         if missing:
             with ThreadPoolExecutor(len(missing)) as pool:
                 list(pool.map(warm, missing))
 
 
-def launch_each(
-    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], variants: Sequence[dict[str, Any]]
-) -> None:
-    """Launch the kernel once with each of these constants and options, compiled side by side where they are new."""
+def launch_each(kernel: Any, arguments: Sequence[Any], variants: Variants) -> None:
+    """Launch the kernel once with each of these grids, constants and options, compiled side by side where it is new."""
     if isinstance(kernel, Kernel):
-        return kernel.launch(grid, arguments, variants)
-    for options in variants:
+        return kernel.launch(arguments, variants)
+    for grid, options in variants:
         kernel[grid](*arguments, **options)
 
 

@@ -6,8 +6,8 @@ product of matrices the exponential has to split, about a token between i and j 
 is a reader or a writer on a level, so one tile X holds both, and X X^T all that meet there: log2 C products.
 (Yang et al. 2023, arXiv:2312.06635, cut chunks once more for the same reason.) Until a channel has decayed by more
 than 2^-MILDEST since the chunk's start, that serves as the token between for all pairs: one product. It is made for all
-readers, and the others made anew in a second launch, which ends at once for chunks that have none. So what a reader
-gets depends on tokens before it alone.
+readers, and the others made anew in a second launch, which looks through the chunks for those that have some. So what a
+reader gets depends on tokens before it alone.
 """
 
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
 from subquad.kernels.triton.tiles import columns, operand_size, precision, shared
 
 MILDEST = 64  # bits
+LOOKING = 528  # programs that look for chunks which one product does not serve: starting one a chunk takes longer
 LEAST = tl.constexpr(-MILDEST * 2**20)  # as sums have it
 LOST = tl.constexpr(2.0 ** -(MILDEST + 1))  # what writers decayed to after that does not matter, but for being finite
 
@@ -78,7 +79,7 @@ def pair_scores(
         arguments = [
             *(argument for x in (r1, r2, w1, w2) for argument in shared(x, H)),
             None if bonus is None else bonus.float().contiguous(), found.sums, found.whole, *found[:5],
-            chunks.table, r1.shape[1], chunks.per_sequence, chunks.packed, H,
+            chunks.table, r1.shape[1], chunks.per_sequence, chunks.packed, H, n * H,
         ]  # fmt: skip
         always = {
             "K": K, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "READERS": readers, "WRITERS": writers,
@@ -89,8 +90,9 @@ def pair_scores(
             widths = {"K": K, "readers": readers, "writers": writers, "levels": int(not single)}
             values = config("pair_scores", device=r1.device, size=operand_size(r1.dtype), **widths)
             values["BLOCK_K"] = columns(K, r1.dtype, values["BLOCK_K"])
-            variants.append({"SINGLE": single, **always, **values})
-        launch_each(pair_scores_kernel, (n * H,), arguments, variants)
+            grid = (n * H if single else min(n * H, LOOKING),)
+            variants.append((grid, {"SINGLE": single, **always, **values}))
+        launch_each(pair_scores_kernel, arguments, variants)
     return found
 
 
@@ -101,8 +103,9 @@ def gentle(sums, K: tl.constexpr, C: tl.constexpr):
     return tl.min(tl.load(sums + (C - 1) * K + col, mask=col < K, other=0), 0) >= LEAST
 
 
-@kernel(do_not_specialize=["T", "per_sequence", "packed"])
-def pair_scores_kernel(
+@triton.jit
+def _scores(
+    place,
     r1, r1_b, r1_t, r1_h, r1_share, r2, r2_b, r2_t, r2_h, r2_share,
     w1, w1_b, w1_t, w1_h, w1_share, w2, w2_b, w2_t, w2_h, w2_share,
     bonus, sums, whole, pairs, r1_since, r2_since, w1_until, w2_until, table, T, per_sequence, packed, H,
@@ -110,15 +113,13 @@ def pair_scores_kernel(
     WRITERS: tl.constexpr, EXCLUSIVE1: tl.constexpr, EXCLUSIVE2: tl.constexpr, SINGLE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) // H
-    h = tl.program_id(0) % H
+    n = place // H
+    h = place % H
     b, start, end, _ = segment_bounds(table, n, T, C, per_sequence, packed)
     count = end - start
     first = start.to(tl.int64)
-    here = tl.program_id(0).to(tl.int64)
+    here = place.to(tl.int64)
     sums += here * (C * K)
-    if not SINGLE and gentle(sums, K, C):
-        return
     r1 += b * r1_b + first * r1_t + (h // r1_share) * r1_h
     w1 += b * w1_b + first * w1_t + (h // w1_share) * w1_h
     if READERS == 2:
@@ -204,3 +205,32 @@ def pair_scores_kernel(
     pairs += here * (LINES * COLUMNS)
     due = True if SINGLE else (strong > 0)[:, None]
     tl.store(pairs + line[:, None] * COLUMNS + column[None, :], scores.to(pairs.dtype.element_ty), mask=due)
+
+
+@kernel(do_not_specialize=["T", "per_sequence", "packed", "n_places"])
+def pair_scores_kernel(
+    r1, r1_b, r1_t, r1_h, r1_share, r2, r2_b, r2_t, r2_h, r2_share,
+    w1, w1_b, w1_t, w1_h, w1_share, w2, w2_b, w2_t, w2_h, w2_share,
+    bonus, sums, whole, pairs, r1_since, r2_since, w1_until, w2_until, table, T, per_sequence, packed, H, n_places,
+    K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr, READERS: tl.constexpr,
+    WRITERS: tl.constexpr, EXCLUSIVE1: tl.constexpr, EXCLUSIVE2: tl.constexpr, SINGLE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A place is a chunk of a head: one a program, or those of many that one product does not serve."""
+    if SINGLE:
+        _scores(
+            tl.program_id(0), r1, r1_b, r1_t, r1_h, r1_share, r2, r2_b, r2_t, r2_h, r2_share,
+            w1, w1_b, w1_t, w1_h, w1_share, w2, w2_b, w2_t, w2_h, w2_share,
+            bonus, sums, whole, pairs, r1_since, r2_since, w1_until, w2_until, table, T, per_sequence, packed, H,
+            K, C, LEVELS, BLOCK_K, READERS, WRITERS, EXCLUSIVE1, EXCLUSIVE2, SINGLE, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        for turn in range(tl.cdiv(n_places - tl.program_id(0), tl.num_programs(0))):
+            place = tl.program_id(0) + turn * tl.num_programs(0)
+            if not gentle(sums + place.to(tl.int64) * (C * K), K, C):
+                _scores(
+                    place, r1, r1_b, r1_t, r1_h, r1_share, r2, r2_b, r2_t, r2_h, r2_share,
+                    w1, w1_b, w1_t, w1_h, w1_share, w2, w2_b, w2_t, w2_h, w2_share,
+                    bonus, sums, whole, pairs, r1_since, r2_since, w1_until, w2_until, table, T, per_sequence, packed,
+                    H, K, C, LEVELS, BLOCK_K, READERS, WRITERS, EXCLUSIVE1, EXCLUSIVE2, SINGLE, DOT, PRECISION,
+                )  # fmt: skip

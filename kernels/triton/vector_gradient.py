@@ -28,8 +28,9 @@ def _halves(x, C: tl.constexpr, HALVES: tl.constexpr):
     return tl.sum(x.reshape(HALVES, C, x.shape[1]), 0)
 
 
-@kernel(do_not_specialize=["beta_b", "T", "per_sequence", "packed", "n_rows"])
-def vector_gradient(
+@triton.jit
+def _gradient(
+    place,
     # Row tensors [B, T, heads, width] come with their strides; r and w also with how many of our heads share one.
     r1, r1_b, r1_t, r1_h, r1_share,
     r2, r2_b, r2_t, r2_h, r2_share,
@@ -55,19 +56,12 @@ def vector_gradient(
     N_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     LINES: tl.constexpr = HALVES * C
     DELTA: tl.constexpr = beta is not None
-    block = tl.program_id(0) % N_BLOCKS
-    here = (tl.program_id(0) // N_BLOCKS).to(tl.int64)
-    h = (tl.program_id(0) // N_BLOCKS) % H
-    n = tl.program_id(0) // (N_BLOCKS * H)
-    b, start, end, _ = segment_bounds(table, n, T, C, per_sequence, packed)
+    block = place % N_BLOCKS
+    here = (place // N_BLOCKS).to(tl.int64)
+    h = (place // N_BLOCKS) % H
+    b, start, end, _ = segment_bounds(table, place // (N_BLOCKS * H), T, C, per_sequence, packed)
     col = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    if end <= start:
-        if dbonus is not None:
-            tl.store(dbonus + here * K + col, tl.zeros([BLOCK_K], tl.float32), mask=col < K)
-        return
     sums += here * (C * K)
-    if gentle(sums, K, C) != SINGLE:
-        return
     at = start.to(tl.int64)
     line = tl.arange(0, LINES)
     row = line % C
@@ -184,3 +178,48 @@ def vector_gradient(
     else:
         store_stacked(dr1 + out, None if dr2 is None else dr2 + out, H * K, row, upper, inside, col, read, K)
         store_stacked(dw1 + out, None if dw2 is None else dw2 + out, H * K, row, upper, inside, col, kept, K)
+
+
+@kernel(do_not_specialize=["beta_b", "T", "per_sequence", "packed", "n_rows", "n_places"])
+def vector_gradient(
+    r1, r1_b, r1_t, r1_h, r1_share, r2, r2_b, r2_t, r2_h, r2_share,
+    w1, w1_b, w1_t, w1_h, w1_share, w2, w2_b, w2_t, w2_h, w2_share,
+    y1, y1_b, y1_t, y1_h, y2, y2_b, y2_t, y2_h, x1, x1_b, x1_t, x1_h, x2, x2_b, x2_t, x2_h,
+    beta, beta_b, beta_t, beta_h, bonus, sums, whole, states, d_states, pairs, own, n_own,
+    dr1, dr2, dw1, dw2, dg, dbeta, dbonus, table, T, per_sequence, packed, n_rows, H, n_places,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, HALVES: tl.constexpr, EXCLUSIVE1: tl.constexpr, EXCLUSIVE2: tl.constexpr,
+    SINGLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A place is a chunk of a head and some columns: one a program, or those of many that two products do not serve."""
+    N_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    if SINGLE:
+        place = tl.program_id(0)
+        _, start, end, _ = segment_bounds(table, place // (N_BLOCKS * H), T, C, per_sequence, packed)
+        if end <= start:
+            if dbonus is not None:
+                here = (place // N_BLOCKS).to(tl.int64)
+                col = (place % N_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
+                tl.store(dbonus + here * K + col, tl.zeros([BLOCK_K], tl.float32), mask=col < K)
+        elif gentle(sums + (place // N_BLOCKS).to(tl.int64) * (C * K), K, C):
+            _gradient(
+                place, r1, r1_b, r1_t, r1_h, r1_share, r2, r2_b, r2_t, r2_h, r2_share,
+                w1, w1_b, w1_t, w1_h, w1_share, w2, w2_b, w2_t, w2_h, w2_share,
+                y1, y1_b, y1_t, y1_h, y2, y2_b, y2_t, y2_h, x1, x1_b, x1_t, x1_h, x2, x2_b, x2_t, x2_h,
+                beta, beta_b, beta_t, beta_h, bonus, sums, whole, states, d_states, pairs, own, n_own,
+                dr1, dr2, dw1, dw2, dg, dbeta, dbonus, table, T, per_sequence, packed, n_rows, H,
+                K, V, BLOCK_K, BLOCK_V, C, LEVELS, HALVES, EXCLUSIVE1, EXCLUSIVE2, SINGLE, DOT, PRECISION,
+            )  # fmt: skip
+    else:
+        for turn in range(tl.cdiv(n_places - tl.program_id(0), tl.num_programs(0))):
+            place = tl.program_id(0) + turn * tl.num_programs(0)
+            # A chunk without tokens has no decays either.
+            if not gentle(sums + (place // N_BLOCKS).to(tl.int64) * (C * K), K, C):
+                _gradient(
+                    place, r1, r1_b, r1_t, r1_h, r1_share, r2, r2_b, r2_t, r2_h, r2_share,
+                    w1, w1_b, w1_t, w1_h, w1_share, w2, w2_b, w2_t, w2_h, w2_share,
+                    y1, y1_b, y1_t, y1_h, y2, y2_b, y2_t, y2_h, x1, x1_b, x1_t, x1_h, x2, x2_b, x2_t, x2_h,
+                    beta, beta_b, beta_t, beta_h, bonus, sums, whole, states, d_states, pairs, own, n_own,
+                    dr1, dr2, dw1, dw2, dg, dbeta, dbonus, table, T, per_sequence, packed, n_rows, H,
+                    K, V, BLOCK_K, BLOCK_V, C, LEVELS, HALVES, EXCLUSIVE1, EXCLUSIVE2, SINGLE, DOT, PRECISION,
+                )  # fmt: skip

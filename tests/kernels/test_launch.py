@@ -99,11 +99,11 @@ def test_variants_compile_side_by_side_and_launch_in_order(jitted, monkeypatch):
     both = Barrier(2, timeout=60)
     jitted.warmup = lambda *given, grid, **options: both.wait()  # passes when two are there
     launched = Kernel(jitted)
-    variants = [{"WIDTH": 8, "BLOCK": 4}, {"WIDTH": 4, "BLOCK": 4}]
+    variants = [((1,), {"WIDTH": 8, "BLOCK": 4}), ((3,), {"WIDTH": 4, "BLOCK": 4})]
     for _ in range(2):
-        launch_each(launched, (1,), (tensor(0), 64, 1, None, 1), variants)
-    assert jitted.calls == variants
-    assert [number for number, _, _ in launches] == [0, 1]
+        launch_each(launched, (tensor(0), 64, 1, None, 1), variants)
+    assert jitted.calls == [options for _, options in variants]
+    assert [(number, grid) for number, grid, _ in launches] == [(0, (1, 1, 1)), (1, (3, 1, 1))]
 
 
 def test_kernels_run_where_their_tensors_are(jitted, monkeypatch):

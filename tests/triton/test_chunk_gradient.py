@@ -18,6 +18,12 @@ BAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 GATES = [None, "scalar", "vector"]
 
 
+@pytest.fixture(autouse=True)
+def several_places_a_program(monkeypatch):
+    """Of those that look for chunks which one product does not serve."""
+    monkeypatch.setattr("subquad.kernels.triton.chunk_gradient.LOOKING", 3)
+
+
 def spread(x, bounds):
     """[B, T, ...] as [n, CHUNK, ...] in float64, zeros past each chunk's end."""
     out = x.new_zeros(len(bounds), CHUNK, *x.shape[2:], dtype=torch.float64)

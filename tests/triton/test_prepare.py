@@ -23,6 +23,12 @@ GATES = ["mild", "extreme"]
 KINDS = [(None, "mild"), *[(gate, kind) for gate in ("scalar", "vector") for kind in GATES]]
 
 
+@pytest.fixture(autouse=True)
+def several_places_a_program(monkeypatch):
+    """Of those that look for chunks which one product does not serve."""
+    monkeypatch.setattr("subquad.kernels.triton.pair_scores.LOOKING", 2)
+
+
 def spans(B, T, bounds):
     """(row of the batch, first token, end) of each chunk by its number; None where a number has no chunk."""
     if bounds is None:
