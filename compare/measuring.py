@@ -24,7 +24,7 @@ from subquad.compare.meters import free_bytes, joules, peak_bytes, release
 from subquad.compare.results import Kind, Phase, Point
 from subquad.compare.subjects import Subject
 from subquad.errors import UserError
-from subquad.infer.state import nbytes
+from subquad.infer.state import mark, nbytes, rewind
 from subquad.kernels.backend import Call, recorded_calls
 from subquad.kernels.state import leaves
 from subquad.layers.build import one_line
@@ -289,13 +289,25 @@ class _Bench:
                 ops[tokens] = partial(call_again, mixing(self.module, calls))
         turns, device = self.setting.new_tokens, self.setting.device
         for tokens, ms in zip(steps, in_turns(list(steps.values()), turns, device), strict=True):
-            points[tokens] = replace(points[tokens], **spread(ms))
+            points[tokens] = replace(points[tokens], energy_j=self.energy(steps[tokens]), **spread(ms))
         yield from points.values()
         if self.subject.kind == "layer" and (not ops or any(op.args[0] for op in ops.values())):
             alone = {n: replace(self.counted("op", "decode", n), note=p.note) for n, p in points.items()}
             for tokens, ms in zip(ops, in_turns(list(ops.values()), turns, device), strict=True):
                 alone[tokens] = replace(alone[tokens], **spread(ms))
             yield from alone.values()
+
+    def energy(self, step: "_Step") -> float | None:
+        """Joules of a token: some are read after the same context over and over."""
+        context, count = mark(step.state), self.setting.new_tokens
+
+        def run() -> None:
+            for _ in range(count):
+                step()
+            rewind(step.state, context)
+
+        found = joules(run, self.setting.device)
+        return None if found is None else found / count
 
     def stateless(self, tokens: int) -> str:
         """Why there is no state to decode so many tokens from."""

@@ -50,6 +50,21 @@ def test_layers_of_every_op_and_their_ops_are_measured():
     assert {name: phases for name, phases in missing.items() if phases} == {"NystromAttention": {"decode"}}
 
 
+@pytest.mark.parametrize("spec", ["Attention", "Mamba2", {"name": "Attention", "window": 4}])
+def test_the_energy_of_a_token_is_that_of_a_few_after_one_context(spec, monkeypatch):
+    """Which are read as often as the counter needs: caches have no room for so many more."""
+
+    def joules(run, device):
+        for _ in range(50):
+            run()
+        return 6.0
+
+    monkeypatch.setattr(measuring, "joules", joules)
+    points = measured(spec, phases=("decode",))
+    assert [points["layer", "decode", n].energy_j for n in (8, 16)] == [3.0, 3.0]  # of two tokens 6
+    assert points["op", "decode", 8].energy_j is None
+
+
 def test_states_and_what_cannot_decode():
     points = measured("Attention", batch=3)
     caches = [points["layer", "decode", n].state_bytes for n in (8, 16)]
