@@ -125,8 +125,6 @@ def prepare_delta_kernel(
             key = load_tile(k, k_t, row, col, row < count, K)
             P0 += dot(reader, tl.trans(key), DOT, PRECISION)
             A += dot(key, tl.trans(key), DOT, PRECISION)
-            if REVERSE and GATE == 1:
-                store_tile(Q + out, line, row, col, row < count, reader * since[:, None], K)
         if GATE == 1:
             gap = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
             pairs = exp2(tl.where(row[:, None] >= row[None, :], gap * 1.4426950408889634, float("-inf")))
@@ -151,6 +149,9 @@ def prepare_delta_kernel(
             elif K > BLOCK_K:
                 key = load_tile(k, k_t, row, col, row < count, K)
             store_tile(W + out, line, row, col, row < count, dot(solved, key, DOT, PRECISION), K)
+            if GATE == 1:  # beside the products above triton 3.6 has misaligned accesses for 80 columns of float32
+                early = load_tile(q, q_t, row, col, row < count, K).to(tl.float32)
+                store_tile(Q + out, line, row, col, row < count, early * since[:, None], K)
     else:
         through *= strength[None, :]
         solved *= -strength[None, :]

@@ -146,7 +146,7 @@ def test_linear(layout, K, G, exclusive, kind, dtype):
 @pytest.mark.parametrize(
     ("gate", "kind"), [(None, "mild"), *[(g, kind) for g in ("scalar", "vector") for kind in GATES]]
 )
-@pytest.mark.parametrize(("layout", "K", "G"), [("packed", 24, 1), ("short", 16, 2)])
+@pytest.mark.parametrize(("layout", "K", "G"), [("packed", 24, 1), ("short", 16, 2), ("short", 80, 2)])
 def test_delta(layout, K, G, gate, kind, reverse, dtype):
     H = 2
     x, chunks, spots = inputs(layout, K, ["q", "k"], {"q": G, "k": G}, gate=gate, kind=kind, dtype=dtype)
