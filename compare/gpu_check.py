@@ -40,8 +40,8 @@ SETTINGS = (  # of examples, what takes longest first
     (IN_PLACE, torch.float32),
 )
 STATELESS = (("fresh", torch.bfloat16), ("fresh", torch.float32))  # of an op that carries nothing
-# Checked whatever the table holds.
-USUAL = ((128, 128, torch.float32), (128, 128, torch.bfloat16), (64, 64, torch.bfloat16))
+USUAL = ((128, 128, torch.bfloat16), (64, 64, torch.bfloat16))  # checked whatever the table holds
+SIZES = {2: torch.bfloat16, 4: torch.float32}  # by the bytes of an operand
 TIMED = Sizes(8, 2048, 16, 128)
 LIMIT_S = 300  # of one check
 MEMORY = 2**30  # bytes of the GPU that a process is given room for
@@ -221,22 +221,31 @@ def _at_widths(check: Check) -> Example:
 
 
 def _cases(capability: tuple[int, int]) -> list[tuple[Case, Widths]]:
-    """Every case at usual widths, and for each other width that a kernel has an entry for, one that launches it."""
-    entries: dict[Widths, set[str]] = {}
+    """Every case at usual widths, and one that uses each other entry of the table, in each precision that does."""
+    found: list[tuple[Case, Widths]] = []
     for kernel, known in configs.table().items():
         for entry in known.entries:
             if entry.capability == capability and "K" in entry.widths:
-                dtype = torch.float32 if entry.widths.get("size") == 4 else torch.bfloat16
-                at = entry.widths["K"], entry.widths.get("V", entry.widths["K"]), dtype
-                entries.setdefault(at, set()).add(kernel)
-    found: list[tuple[Case, Widths]] = []
-    for at, kernels in entries.items():
-        for case in CASES:
-            if kernels.intersection(case.kernels) and at not in USUAL:
-                found.append((case, at))
-                kernels.difference_update(case.kernels)
+                for size in (entry.widths["size"],) if "size" in entry.widths else SIZES:
+                    at = entry.widths["K"], entry.widths.get("V", entry.widths["K"]), SIZES[size]
+                    users = [(case, at) for case in CASES if _uses(case, kernel, entry, size)]
+                    if users and at not in USUAL and not set(map(_name, users)) & set(map(_name, found)):
+                        found.append(users[0])
     found.sort(key=lambda pair: pair[1][:2], reverse=True)  # what takes longest first
     return found + [(case, at) for at in USUAL for case in CASES]
+
+
+def _uses(case: Case, kernel: str, entry: configs.Entry, size: int) -> bool:
+    """Whether the kernel takes this entry in the case at the entry's own widths."""
+    if kernel not in case.kernels:
+        return False
+    asked = {"V": entry.widths["K"], **entry.widths, **case.kernels[kernel], "size": size}
+    both = ({**asked, "levels": levels} for levels in (0, 1))  # the two launches of pair scores
+    return any(configs.chosen(kernel, entry.capability, widths) is entry.values for widths in both)
+
+
+def _name(pair: tuple[Case, Widths]) -> tuple[str, Widths]:
+    return pair[0].name, pair[1]
 
 
 def verdicts(outcomes: Sequence[Outcome], title: str, bad: str) -> tuple[Table, dict[str, str], list[str]]:

@@ -81,13 +81,13 @@ class Peer(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One variant of an op. `kernels`: those of the table of launch values that it uses; `constants` names the inputs
-    that need no gradient."""
+    """One variant of an op. `kernels`: those of the table of launch values that it uses, each with the widths that it
+    asks for whatever the sizes and the precision; `constants` names the inputs that need no gradient."""
 
     name: str
     op: str
     inputs: Callable[[Random], Tensors]
-    kernels: tuple[str, ...]
+    kernels: Mapping[str, Mapping[str, int]]
     peers: Mapping[str, Peer]
     options: Mapping[str, Any] = {}
     constants: tuple[str, ...] = ()
@@ -181,22 +181,30 @@ def _norm(r: Random) -> Tensors:
     return {"x": r.rows(H, D), "weight": r.wide(D).to(r.dtype), "z": r.rows(H, D)}
 
 
-_LINEAR = ("pair_scores", "affine", "chunk_products", "linear_gradient")
-_DELTA = ("prepare_delta", "affine", "chunk_products", "chunk_gradient")
+def _through_states(**kernels: Mapping[str, int]) -> dict[str, Mapping[str, int]]:
+    """These and what all with a pass over states of their own use."""
+    return {"affine": {}, "chunk_products": {}} | kernels
+
+
+_CARRY = {"carry": {}}
+_LINEAR = _through_states(pair_scores={"readers": 1, "writers": 1}, linear_gradient={})
+_DELTA, _GATED = (_through_states(prepare_delta={"gates": n}, chunk_gradient={"gates": n}) for n in (0, 1))
+_KDA = _through_states(pair_scores={"readers": 2, "writers": 1}, prepare_delta={"gates": 2}, delta_gradient={})
+_DPLR = _through_states(pair_scores={"readers": 2, "writers": 2}, prepare_dplr={}, dplr_gradient={})
 
 CASES = (
     Case(
         "no decay",
         "linear_attention",
         Random.qkv,
-        ("carry",),
+        _CARRY,
         _fla("linear_attn", "chunk_linear_attn", *"qkv", normalize=False),
     ),
     Case(
         "constant decay",
         "linear_attention",
         _retention,
-        ("carry",),
+        _CARRY,
         _fla("retention", "chunk_retention", *"qkv"),
         constants=("decay",),
     ),
@@ -204,7 +212,7 @@ CASES = (
         "scalar decay",
         "linear_attention",
         lambda r: {**r.qkv(), "decay": r.decay(r.sizes.H)},
-        ("carry",),
+        _CARRY,
         _fla("simple_gla", "chunk_simple_gla", *"qkv", "decay") | _mamba_ssd(),
     ),
     Case(
@@ -233,25 +241,25 @@ CASES = (
         "gated delta",
         "delta_rule",
         lambda r: {**r.qkv(), "beta": r.rate(r.sizes.H), "decay": r.decay(r.sizes.H)},
-        _DELTA,
+        _GATED,
         _fla("gated_delta_rule", "chunk_gated_delta_rule", *"qkv", "decay", "beta"),
     ),
     Case(
         "KDA",
         "delta_rule",
         lambda r: {**r.qkv(), "beta": r.rate(r.sizes.H), "decay": r.decay(r.sizes.H, r.sizes.D)},
-        ("pair_scores", "prepare_delta", "affine", "chunk_products", "delta_gradient"),
+        _KDA,
         _fla("kda", "chunk_kda", *"qkv", "decay", "beta"),
     ),
-    Case("delta product", "delta_rule", _product, _DELTA, _fla_product()),
+    Case("delta product", "delta_rule", _product, _GATED, _fla_product()),
     Case(
         "RWKV-7",
         "dplr_rule",
         _rwkv7,
-        ("pair_scores", "prepare_dplr", "affine", "chunk_products", "dplr_gradient"),
+        _DPLR,
         _fla("rwkv7", "chunk_rwkv7", "q", "decay", *"kvab"),
     ),
-    Case("running max", "running_max", _running_max, (), {}),
-    Case("short conv", "short_conv", _short_conv, (), _causal_conv1d(), {"activation": "silu"}),
-    Case("norm, gate", "norm", _norm, (), {}),
+    Case("running max", "running_max", _running_max, {}, {}),
+    Case("short conv", "short_conv", _short_conv, {}, _causal_conv1d(), {"activation": "silu"}),
+    Case("norm, gate", "norm", _norm, {}, {}),
 )

@@ -139,6 +139,11 @@ def config(kernel: str, *, device: torch.device | None = None, **widths: int) ->
     return {**_chosen(kernel, capability, tuple(sorted(widths.items())))}
 
 
+def chosen(kernel: str, capability: tuple[int, int], widths: Values) -> Values:
+    """What the tables give on GPUs of this capability, whatever is forced."""
+    return _chosen(kernel, capability, tuple(sorted(widths.items())))
+
+
 @cache
 def _chosen(kernel: str, capability: tuple[int, int] | None, widths: tuple[tuple[str, int], ...]) -> Values:
     asked = dict(widths)

@@ -133,9 +133,24 @@ def test_cases_use_every_entry_of_this_gpu(monkeypatch):
     assert found[-len(usual) :] == usual
     assert [(case.name, at) for case, at in found[: -len(usual)]] == [
         ("vector decay", (256, 256, SINGLE)),
-        ("no decay", (128, 256, HALF)),
         ("vector decay", (128, 256, HALF)),
+        ("no decay", (128, 256, HALF)),
     ]
+
+
+def test_an_entry_is_checked_by_a_case_that_takes_it_in_every_precision(monkeypatch):
+    """Of two for two readers KDA's one writer takes the narrower; without a size both are of both precisions."""
+    entries = (
+        Entry((9, 0), {"K": 256, "readers": 2, "writers": 2}, {}),
+        Entry((9, 0), {"K": 256, "readers": 2, "writers": 1}, {"num_warps": 8}),
+    )
+    monkeypatch.setattr(configs, "SHIPPED", {"pair_scores": Kernel({}, {}, entries)})
+    configs.forget()
+    found = gpu_check._cases((9, 0))
+    monkeypatch.undo()
+    configs.forget()
+    names = {(case.name, at) for case, at in found if at not in gpu_check.USUAL}
+    assert names == {(name, (256, 256, dtype)) for name in ("KDA", "RWKV-7") for dtype in (HALF, SINGLE)}
 
 
 def test_run_tells_errors_from_failures(monkeypatch):
