@@ -229,6 +229,7 @@ def _cases(capability: tuple[int, int]) -> list[tuple[Case, Widths]]:
                 for size in (entry.widths["size"],) if "size" in entry.widths else SIZES:
                     at = entry.widths["K"], entry.widths.get("V", entry.widths["K"]), SIZES[size]
                     users = [(case, at) for case in CASES if _uses(case, kernel, entry, size)]
+                    users.sort(key=lambda user: _asks_less(user[0].kernels[kernel], entry))
                     if users and at not in USUAL and not set(map(_name, users)) & set(map(_name, found)):
                         found.append(users[0])
     found.sort(key=lambda pair: pair[1][:2], reverse=True)  # what takes longest first
@@ -242,6 +243,10 @@ def _uses(case: Case, kernel: str, entry: configs.Entry, size: int) -> bool:
     asked = {"V": entry.widths["K"], **entry.widths, **case.kernels[kernel], "size": size}
     both = ({**asked, "levels": levels} for levels in (0, 1))  # the two launches of pair scores
     return any(configs.chosen(kernel, entry.capability, widths) is entry.values for widths in both)
+
+
+def _asks_less(asked: Mapping[str, int], entry: configs.Entry) -> bool:
+    return any(value != entry.widths.get(name, value) for name, value in asked.items())
 
 
 def _name(pair: tuple[Case, Widths]) -> tuple[str, Widths]:
