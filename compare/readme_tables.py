@@ -20,6 +20,7 @@ VARIANTS = {  # of the cases of compare kernels, in a reader's words
     "scalar decay": "a decay a head and token",
     "vector decay": "a decay a channel",
     "short conv": "width 4, SiLU",
+    "norm, gate": "RMS of a head, SiLU gate",
 }
 
 
