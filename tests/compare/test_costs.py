@@ -8,7 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from subquad.compare.costs import count, count_op, counter, forward, on_meta
+from subquad.compare.costs import count, count_op, counter, forward, mixing, on_meta
 from subquad.errors import UserError
 from subquad.kernels import costs
 from subquad.kernels.backend import backend, recorded_calls
@@ -123,7 +123,9 @@ def test_whole_models():
 
 def test_the_op_alone():
     layer = available()["HGRN"](64)
-    (call,) = (call for call in forward(partial(on_meta(layer, FLOAT), torch.empty(2, 30, 64, device="meta")))[2])
+    calls = forward(partial(on_meta(layer, FLOAT), torch.empty(2, 30, 64, device="meta")))[2]
+    (call,) = mixing(layer, calls)
+    assert [call.op for call in calls] == ["scan", "norm"]
     values = call.args[0].numel()
     assert count_op(layer, "train", 2, 30, 64, FLOAT) == (3 * 2 * values, 2 * 4 * 3 * values)
     assert count_op(layer, "prefill", 2, 30, 64, FLOAT) == (2 * values, 4 * (3 * values + 2 * values // 30))
@@ -165,5 +167,5 @@ def test_nothing_runs_and_nothing_is_kept():
     before = {name: p.clone() for name, p in layer.named_parameters()}
     y, flops, calls = forward(lambda: on_meta(layer, FLOAT)(torch.empty(1, 10**6, 32, device="meta")))
     assert y.is_meta and y.shape == (1, 10**6, 32) and flops > 0
-    assert [call.op for call in calls] == ["short_conv", "linear_attention"]
+    assert [call.op for call in calls] == ["short_conv", "linear_attention", "norm"]
     assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())

@@ -1,11 +1,11 @@
-"""Which kernels of the table the cases of `compare kernels` use, as `doctor` relies on."""
+"""What `doctor` relies on: which kernels the cases of `compare kernels` use, and that all run where their tensors are."""
 
 import pytest
 import torch
 
 from subquad.compare.kernel_cases import CASES, Sizes
 from subquad.kernels import blocked
-from subquad.kernels.examples import differences, run
+from subquad.kernels.examples import differences, examples, load_ops, relative_error, run, run_in_place
 from subquad.kernels.triton import configs
 
 pytestmark = pytest.mark.unchecked
@@ -30,3 +30,16 @@ def test_wide_heads_fit_in_every_precision(case, dtype, bar):
     with blocked.ignored():
         errors = differences(example, "triton")
     assert all(x < bar for x in errors.values()), errors
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("op", [op for op, forms in sorted(load_ops().items()) if "triton" in forms])
+def test_on_the_second_gpu_as_on_the_first(op):
+    """Forward, backward and in place, whichever GPU is the current one."""
+    for here, there in zip(*(examples(op, dtype=torch.float32, device=f"cuda:{n}") for n in (0, 1)), strict=True):
+        for how in (run, run_in_place) if here.state is not None else (run,):
+            expected, found = how(here, "triton"), how(there, "triton")
+            for name, value in found.items():
+                assert value.device == torch.device("cuda", 1), name
+                assert relative_error(value.cpu(), expected[name].cpu()) < 1e-6, (here.name, name)
+    assert torch.cuda.current_device() == 0
