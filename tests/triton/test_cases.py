@@ -1,4 +1,4 @@
-"""What `doctor` relies on: which kernels the cases of `compare kernels` use, and that all run where their tensors are."""
+"""What `doctor` relies on: which kernels the cases of `compare kernels` use; all run where their tensors are."""
 
 import pytest
 import torch
