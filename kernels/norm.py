@@ -1,5 +1,6 @@
 """Root mean square and layer norm, with what stands around them: the sum into the residual stream and the gate."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -37,25 +38,27 @@ def norm(
     float32 or wider. y has the sum's dtype, or the wider one of that and z's.
     Cost: O(D) a token; fused, every tensor is read or written once.
     """
-    D = x.shape[-1]
-    if n_groups < 1 or D % n_groups:
+    shape, D = x.shape, x.shape[-1]
+    if n_groups != 1 and (n_groups < 1 or D % n_groups):
         raise UserError(f"norm: n_groups {n_groups} does not divide the width {D}")
     if activation not in ("silu", "sigmoid"):
         raise UserError(f"norm: activation is 'silu' or 'sigmoid', not {activation!r}")
-    for name, given, shape in (
-        ("weight", weight, (D,)),
-        ("bias", bias, (D,)),
-        ("z", z, x.shape),
-        ("residual", residual, x.shape),
-    ):
-        if given is not None and given.shape != shape:
-            raise UserError(f"norm: {name} is {tuple(shape)} for x {tuple(x.shape)}; got {tuple(given.shape)}")
+    if weight is not None and weight.shape != (D,):
+        raise _misfit("weight", weight, (D,), shape)
+    if bias is not None and bias.shape != (D,):
+        raise _misfit("bias", bias, (D,), shape)
+    if z is not None and z.shape != shape:
+        raise _misfit("z", z, shape, shape)
+    if residual is not None and residual.shape != shape:
+        raise _misfit("residual", residual, shape, shape)
     unfit = f"groups of {D // n_groups} values, above {WIDEST}" if WIDEST * n_groups < D else None
     form = pick("norm", _FORMS, x, unfit)
-    y, total = form(
-        x, weight, bias, z, residual, centered, n_groups, activation == "silu", gate_first, float(scale), eps
-    )
+    y, total = form(x, weight, bias, z, residual, centered, n_groups, activation == "silu", gate_first, scale, eps)
     return y, None if residual is None else total
+
+
+def _misfit(name: str, given: Tensor, wanted: Sequence[int], shape: Sequence[int]) -> UserError:
+    return UserError(f"norm: {name} is {tuple(wanted)} for x {tuple(shape)}; got {tuple(given.shape)}")
 
 
 def _in_full(normalized):
@@ -64,7 +67,8 @@ def _in_full(normalized):
     def form(x, weight, bias, z, residual, centered, n_groups, silu, gate_first, scale, eps):
         total = x if residual is None else x + residual
         wide = accumulator_dtype(total.dtype)
-        u, weight, bias = (None if t is None else t.to(wide) for t in (total, weight, bias))
+        u, weight = total.to(wide), None if weight is None else weight.to(wide)
+        bias = None if bias is None else bias.to(wide)
         if z is None:
             return normalized(u, weight, bias, centered, n_groups, scale, eps).to(total.dtype), total
         gate = F.silu(z.to(wide)) if silu else z.to(wide).sigmoid()

@@ -141,7 +141,7 @@ def _backward(
 
 
 def form(x, weight, bias, z, residual, centered, n_groups, silu, gate_first, scale, eps):
-    return _norm(x, weight, bias, z, residual, centered, n_groups, silu, gate_first, scale, eps)
+    return _norm(x, weight, bias, z, residual, centered, n_groups, silu, gate_first, float(scale), eps)
 
 
 @operator("norm_triton")
