@@ -67,10 +67,9 @@ def _in_full(normalized):
     def form(x, weight, bias, z, residual, centered, n_groups, silu, gate_first, scale, eps):
         total = x if residual is None else x + residual
         wide = accumulator_dtype(total.dtype)
-        u, weight = total.to(wide), None if weight is None else weight.to(wide)
-        bias = None if bias is None else bias.to(wide)
+        u, weight, bias = _in(wide, total), _in(wide, weight), _in(wide, bias)
         if z is None:
-            return normalized(u, weight, bias, centered, n_groups, scale, eps).to(total.dtype), total
+            return _in(total.dtype, normalized(u, weight, bias, centered, n_groups, scale, eps)), total
         gate = F.silu(z.to(wide)) if silu else z.to(wide).sigmoid()
         if gate_first:
             y = normalized(u * gate, weight, bias, centered, n_groups, scale, eps)
@@ -79,6 +78,10 @@ def _in_full(normalized):
         return y.to(torch.promote_types(total.dtype, z.dtype)), total
 
     return form
+
+
+def _in(dtype, x):
+    return x if x is None or x.dtype == dtype else x.to(dtype)  # a call that changes nothing takes as long as a sum
 
 
 def _naive(u, weight, bias, centered, n_groups, scale, eps):
@@ -104,7 +107,7 @@ def _parts(u, weight, bias, centered, eps, scale=1.0):
     """Of the whole last dimension; torch's own norms where it has fused ones, which on a CPU is layer norm."""
     shape = u.shape[-1:]
     if centered or u.device.type != "cpu" or torch.compiler.is_compiling():
-        y = F.layer_norm(u, shape, weight, bias, eps) if centered else F.rms_norm(u, shape, weight, eps)
+        y = torch.layer_norm(u, shape, weight, bias, eps) if centered else torch.rms_norm(u, shape, weight, eps)
         return y if scale == 1 else scale * y
     # For a root mean square torch makes eight calls where these are five, and a decoded token is calls.
     length = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
