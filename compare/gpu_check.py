@@ -230,7 +230,7 @@ def _cases(capability: tuple[int, int]) -> list[tuple[Case, Widths]]:
                     at = entry.widths["K"], entry.widths.get("V", entry.widths["K"]), SIZES[size]
                     users = [(case, at) for case in CASES if _uses(case, kernel, entry, size)]
                     users.sort(key=lambda user: _asks_less(user[0].kernels[kernel], entry))
-                    if users and at not in USUAL and not set(map(_name, users)) & set(map(_name, found)):
+                    if users and at not in USUAL and not any(user in found for user in users):
                         found.append(users[0])
     found.sort(key=lambda pair: pair[1][:2], reverse=True)  # what takes longest first
     return found + [(case, at) for at in USUAL for case in CASES]
@@ -247,10 +247,6 @@ def _uses(case: Case, kernel: str, entry: configs.Entry, size: int) -> bool:
 
 def _asks_less(asked: Mapping[str, int], entry: configs.Entry) -> bool:
     return any(value != entry.widths.get(name, value) for name, value in asked.items())
-
-
-def _name(pair: tuple[Case, Widths]) -> tuple[str, Widths]:
-    return pair[0].name, pair[1]
 
 
 def verdicts(outcomes: Sequence[Outcome], title: str, bad: str) -> tuple[Table, dict[str, str], list[str]]:

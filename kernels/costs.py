@@ -32,6 +32,7 @@ from subquad.kernels import selected_blocks, selective_scan, sparse_attention
 from subquad.kernels.attention import QUERY_BLOCK
 from subquad.kernels.backend import Call
 from subquad.kernels.chunked import chunk_size
+from subquad.kernels.norm import dtypes
 from subquad.kernels.patterns import LocalBlocks, Window
 from subquad.kernels.state import KVCache
 
@@ -221,8 +222,8 @@ def _norm(x, weight, bias, z, residual, centered, n_groups, silu, gate_first, sc
 
 
 def _normed(x: Tensor, z: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    total = x if residual is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return torch.empty_like(total, dtype=total.dtype if z is None else torch.promote_types(total.dtype, z.dtype)), total
+    of_total, of_y = dtypes(x, z, residual)
+    return torch.empty_like(x, dtype=of_y), torch.empty_like(x, dtype=of_total)
 
 
 # Softmax attention.

@@ -75,9 +75,15 @@ def _in_full(normalized):
             y = normalized(u * gate, weight, bias, centered, n_groups, scale, eps)
         else:
             y = normalized(u, weight, bias, centered, n_groups, scale, eps) * gate
-        return y.to(torch.promote_types(total.dtype, z.dtype)), total
+        return y.to(dtypes(total, z)[1]), total
 
     return form
+
+
+def dtypes(x: Tensor, z: Tensor | None, residual: Tensor | None = None) -> tuple[torch.dtype, torch.dtype]:
+    """Of the sum and of the output."""
+    total = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return total, total if z is None else torch.promote_types(total, z.dtype)
 
 
 def _in(dtype, x):

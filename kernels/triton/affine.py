@@ -5,9 +5,9 @@ What happens inside a chunk is prepared chunk by chunk in parallel. What is left
     u = Y x + W S,    o = P x + Q S,    S <- whole * S + E^T x + F^T u
 
 with rows x [C, V], matrices P and Y [C, C], rows Q, W, E, F [C, K], of which F may come with a factor a row, and S as
-it was before the chunk. The forward
-passes of linear_attention, delta_rule and dplr_rule and the gradients of their states are this pass with other tensors.
-Yang et al. 2024, "Parallelizing linear transformers with the delta rule", for the chunks.
+it was before the chunk. The forward passes of linear_attention, delta_rule and dplr_rule and the gradients of their
+states are this pass with other tensors. Yang et al. 2024, "Parallelizing linear transformers with the delta rule", for
+the chunks.
 """
 
 import torch

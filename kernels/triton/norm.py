@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.norm import dtypes
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.launch import cdiv, kernel, power_of_2
 from subquad.kernels.triton.tiles import rows
@@ -167,9 +168,8 @@ def _(x, weight, bias, z, residual, *options):
 
 
 def _outputs(x, z, residual):
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    total = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
-    return x.new_empty(x.shape, dtype=dtype if z is None else torch.promote_types(dtype, z.dtype)), total
+    of_total, of_y = dtypes(x, z, residual)
+    return x.new_empty(x.shape, dtype=of_y), x.new_empty(0 if residual is None else x.shape, dtype=of_total)
 
 
 @operator("norm_triton_backward")
