@@ -21,7 +21,7 @@ GATES = [None, "scalar", "vector"]
 @pytest.fixture(autouse=True)
 def several_places_a_program(monkeypatch):
     """Of those that look for chunks which one product does not serve."""
-    monkeypatch.setattr("subquad.kernels.triton.chunk_gradient.LOOKING", 3)
+    monkeypatch.setattr("subquad.kernels.triton.chunk_gradient.LOOKING", 1)
 
 
 def spread(x, bounds):
