@@ -186,11 +186,16 @@ def _through_states(**kernels: Mapping[str, int]) -> dict[str, Mapping[str, int]
     return {"affine": {}, "chunk_products": {}} | kernels
 
 
+def _decayed(readers: int, writers: int) -> dict[str, Mapping[str, int]]:
+    """What makes a decay for every channel ready."""
+    return {name: {"readers": readers, "writers": writers} for name in ("decayed_rows", "pair_scores")}
+
+
 _CARRY = {"carry": {}}
-_LINEAR = _through_states(pair_scores={"readers": 1, "writers": 1}, linear_gradient={})
+_LINEAR = _through_states(**_decayed(1, 1), prepare_linear={}, linear_gradient={})
 _DELTA, _GATED = (_through_states(prepare_delta={"gates": n}, chunk_gradient={"gates": n}) for n in (0, 1))
-_KDA = _through_states(pair_scores={"readers": 2, "writers": 1}, prepare_delta={"gates": 2}, delta_gradient={})
-_DPLR = _through_states(pair_scores={"readers": 2, "writers": 2}, prepare_dplr={}, dplr_gradient={})
+_KDA = _through_states(**_decayed(2, 1), prepare_delta={"gates": 2}, delta_gradient={})
+_DPLR = _through_states(**_decayed(2, 2), prepare_dplr={}, dplr_gradient={})
 
 CASES = (
     Case(

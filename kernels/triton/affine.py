@@ -2,12 +2,12 @@
 
 What happens inside a chunk is prepared chunk by chunk in parallel. What is left is affine in the state S [K, V]:
 
-    u = Y x + W S,    o = P x + Q S,    S <- whole * S + E^T x + F^T u
+    u = T (X x + R S),    o = P x + U u + Q S,    S <- whole * S + E^T x + F^T u
 
-with rows x [C, V], matrices P and Y [C, C], rows Q, W, E, F [C, K], of which F may come with a factor a row, and S as
-it was before the chunk. The forward passes of linear_attention, delta_rule and dplr_rule and the gradients of their
-states are this pass with other tensors. Yang et al. 2024, "Parallelizing linear transformers with the delta rule", for
-the chunks.
+with rows x [C, V], matrices X, T, P and U [C, C], rows R, Q, E, F [C, K], and S as it was before the chunk. R S, Q S
+and F may come with a factor a row, and X may be one, instead of a matrix. The forward passes of linear_attention,
+delta_rule and dplr_rule and the gradients of their states, for which the matrices are transposed, are this pass with
+other tensors. Yang et al. 2024, "Parallelizing linear transformers with the delta rule", for the chunks.
 """
 
 import torch
@@ -44,26 +44,27 @@ def _load_matrix(base, row, C: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @kernel(do_not_specialize=["T", "segment", "per_sequence", "packed", "carried", "emit"])
 def affine_pass(
-    # rows [B, T, heads, width], each with the strides of B, T, heads; of e and f, how many of H heads share one
+    # rows [B, T, heads, width], each with the strides of B, T, heads, and how many of our H heads share one
     x, x_b, x_t, x_h,
-    q, q_b, q_t, q_h,
-    w, w_b, w_t, w_h,
+    r, r_b, r_t, r_h, r_share,
+    q, q_b, q_t, q_h, q_share,
     e, e_b, e_t, e_h, e_share,
     f, f_b, f_t, f_h, f_share,
-    # [chunks, H, C, C]; factors of f's rows [chunks, H, C]; the decay over a chunk [chunks, H] or [chunks, H, K]
-    p, y, gain, whole,
+    # [chunks, H, C, C]; factors of rows [chunks, H, C]; the decay over a chunk [chunks, H] or [chunks, H, K]
+    mx, mt, mp, mu, x_gain, r_gain, q_gain, f_gain, whole,
     # contiguous: rows out, the states before each chunk [chunks, H, K, V]
     o, u, states,
     # states before and after each segment [n, H, K, V], the latter [n, H, K, V + K] if MATRIX; its whole decay
     s_in, s_out, total,
     table, T, segment, per_sequence, packed, carried, emit, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    VECTOR: tl.constexpr, MATRIX: tl.constexpr, REVERSE: tl.constexpr, P_TRANSPOSED: tl.constexpr,
-    Y_TRANSPOSED: tl.constexpr, ALIKE: tl.constexpr, FETCH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr, MATRIX: tl.constexpr, REVERSE: tl.constexpr, ONE: tl.constexpr, ALIKE: tl.constexpr,
+    FETCH: tl.constexpr, LATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """MATRIX: x has K more columns, of zeros, and S the identity in them, which becomes the segment's transition.
 
-    ALIKE: the rows q, w, e, f that are given are as far apart as f's, or e's where there is no f.
+    REVERSE: from the last chunk to the first, with the matrices transposed. ONE: f is r. ALIKE: the rows r, q, e, f
+    that are given are as far apart as f's, or e's where there is no f. LATE: shared memory has no room for two of P.
     """
     WIDTH: tl.constexpr = V + K if MATRIX else V
     N_BLOCKS: tl.constexpr = (WIDTH + BLOCK_V - 1) // BLOCK_V
@@ -76,7 +77,7 @@ def affine_pass(
         if f is not None:
             e_t = f_t
         q_t = e_t
-        w_t = e_t
+        r_t = e_t
     row = tl.arange(0, C)
     key = tl.arange(0, BLOCK_K)
     col = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -102,14 +103,26 @@ def affine_pass(
             following = tl.maximum(c - 1, 0) if REVERSE else tl.minimum(c + 1, n_chunks - 1)
             token = tl.minimum(start + following * C + row, end - 1)
             matrix = ((first_chunk + following) * H + h).to(tl.int64) * (C * C)
+            factors = ((first_chunk + following) * H + h).to(tl.int64) * C
+            one = tl.zeros([1], tl.int32)
             fetch(x + b * x_b + h * x_h, x_t, token, block * BLOCK_V, BLOCK_V, V)
-            if w is not None:
-                fetch(w + b * w_b + h * w_h, w_t, token, 0, BLOCK_K, K)
-                fetch(f + b * f_b + (h // f_share) * f_h, f_t, token, 0, BLOCK_K, K)
-                fetch(y + matrix, C, row, 0, C, C)
+            if mt is not None:
+                fetch(r + b * r_b + (h // r_share) * r_h, r_t, token, 0, BLOCK_K, K)
+                if not ONE:
+                    fetch(f + b * f_b + (h // f_share) * f_h, f_t, token, 0, BLOCK_K, K)
+                fetch(mt + matrix, C, row, 0, C, C)
+                if mx is not None:
+                    fetch(mx + matrix, C, row, 0, C, C)
+                else:
+                    fetch(x_gain + factors, C, one, 0, C, C)
+                if r_gain is not None:
+                    fetch(r_gain + factors, C, one, 0, C, C)
             if o is not None:
-                fetch(q + b * q_b + h * q_h, q_t, token, 0, BLOCK_K, K)
-                fetch(p + matrix, C, row, 0, C, C)
+                fetch(q + b * q_b + (h // q_share) * q_h, q_t, token, 0, BLOCK_K, K)
+                if mp is not None:
+                    fetch(mp + matrix, C, row, 0, C, C)
+                if mu is not None:
+                    fetch(mu + matrix, C, row, 0, C, C)
             if e is not None:
                 fetch(e + b * e_b + (h // e_share) * e_h, e_t, token, 0, BLOCK_K, K)
         if states is not None:
@@ -117,17 +130,40 @@ def affine_pass(
         values = load_tile(x + b * x_b + at * x_t + h * x_h, x_t, row, col, inside, V)
         if whole is not None:
             kept = tl.load(whole + chunk * K + key, mask=key < K, other=0.0) if VECTOR else tl.load(whole + chunk)
+        if mt is not None:  # all loads that do not wait for the state
+            if mx is None:
+                x_factor = tl.load(x_gain + chunk * C + row)
+            if r_gain is not None:
+                r_factor = tl.load(r_gain + chunk * C + row)
+            if f_gain is not None:
+                f_factor = tl.load(f_gain + chunk * C + row)
+        if o is not None and q_gain is not None:
+            q_factor = tl.load(q_gain + chunk * C + row)
         before = S.to(DOT)
-        if w is not None:
-            readers = load_tile(w + b * w_b + at * w_t + h * w_h, w_t, row, key, inside, K)
-            wide = _load_matrix(y + chunk * (C * C), row, C, Y_TRANSPOSED)
-            found = dot(readers, before, DOT, PRECISION) + dot(wide, values, DOT, PRECISION)
+        if mt is not None:
+            removers = load_tile(r + b * r_b + at * r_t + (h // r_share) * r_h, r_t, row, key, inside, K)
+            found = dot(removers, before, DOT, PRECISION)
+            if r_gain is not None:
+                found *= r_factor[:, None]
+            if mx is not None:
+                found += dot(_load_matrix(mx + chunk * (C * C), row, C, REVERSE), values, DOT, PRECISION)
+            else:
+                found += values.to(tl.float32) * x_factor[:, None]
+            found = dot(_load_matrix(mt + chunk * (C * C), row, C, REVERSE), found, DOT, PRECISION)
             if u is not None:
                 store_tile(u + line * V, H * V, row, col, inside, found, V)
         if o is not None:
-            readers = load_tile(q + b * q_b + at * q_t + h * q_h, q_t, row, key, inside, K)
-            wide = _load_matrix(p + chunk * (C * C), row, C, P_TRANSPOSED)
-            out = dot(readers, before, DOT, PRECISION) + dot(wide, values, DOT, PRECISION)
+            readers = load_tile(q + b * q_b + at * q_t + (h // q_share) * q_h, q_t, row, key, inside, K)
+            out = dot(readers, before, DOT, PRECISION)
+            if q_gain is not None:
+                out *= q_factor[:, None]
+            if mp is not None:
+                # The condition always holds, but what is loaded under one is not loaded a turn before.
+                some = end > first if LATE else True
+                if some:
+                    out += dot(_load_matrix(mp + chunk * (C * C), row, C, REVERSE), values, DOT, PRECISION)
+            if mu is not None:
+                out += dot(_load_matrix(mu + chunk * (C * C), row, C, REVERSE), found, DOT, PRECISION)
             store_tile(o + line * V, H * V, row, col, inside, out, V)
 
         if whole is not None:
@@ -137,10 +173,13 @@ def affine_pass(
         if e is not None:
             writers = load_tile(e + b * e_b + at * e_t + (h // e_share) * e_h, e_t, row, key, inside, K)
             S += dot(tl.trans(writers), values, DOT, PRECISION)
-        if w is not None:
-            writers = load_tile(f + b * f_b + at * f_t + (h // f_share) * f_h, f_t, row, key, inside, K)
-            if gain is not None:
-                found *= tl.load(gain + chunk * C + row)[:, None]
+        if mt is not None:
+            if ONE:
+                writers = removers
+            else:
+                writers = load_tile(f + b * f_b + at * f_t + (h // f_share) * f_h, f_t, row, key, inside, K)
+            if f_gain is not None:
+                found *= f_factor[:, None]
             S += dot(tl.trans(writers), found, DOT, PRECISION)
 
     store_tile(s_out + state_at * WIDTH, WIDTH, key, col, key < K * emit, S, WIDTH)
@@ -155,8 +194,7 @@ def affine_pass(
 def _through_segments(
     moves, transitions, total, initial, starts, last, first, per_sequence, packed, carried, emit, H,
     K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PART: tl.constexpr, VECTOR: tl.constexpr, TRANSPOSED: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PART: tl.constexpr, VECTOR: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S before each segment and after the last, from what each adds and its transition: a matrix, a decay, neither.
 
@@ -189,14 +227,7 @@ def _through_segments(
             S = load_tile(move, WIDTH, key, col, key < K, V)
             for k in tl.range(0, K, PART, num_stages=2):
                 at = k + part
-                across, down = 1, V + K
-                if TRANSPOSED:
-                    across, down = V + K, 1
-                matrix = tl.load(
-                    transition + key[:, None] * down + at[None, :] * across,
-                    mask=(key < K)[:, None] & (at < K)[None, :],
-                    other=0.0,
-                )
+                matrix = load_tile(transition, V + K, key, at, key < K, K)
                 old = load_tile(start, V, at, col, at < K, V)
                 S += tl.dot(matrix, old, input_precision=PRECISION)
         else:
@@ -212,65 +243,62 @@ def _through_segments(
 class Affine:
     """The tensors of one pass in their roles. `states` finds what each segment starts from, `run` writes the rows out.
 
-    x [B, T, H, V] and rows Q, W, E, F [B, T, H, K] of any strides, heads of E and F may divide H; P, Y
-    [chunks, H, C, C] contiguous, finite where no token is, read transposed if so said; F_gain [chunks, H, C], float32:
-    a factor a row of F; `whole`: None, [chunks, H] or [chunks, H, K], float32. Chunks are numbered as
-    `segments.cut` numbers them. P and Q are given together, and so are Y, W and F. `reverse` goes from the last chunk
-    to the first, and "before" is then after.
+    x [B, T, H, V] and rows R, Q, E, F [B, T, heads, K] of any strides, whose heads divide H; X, T, P, U
+    [chunks, H, C, C] contiguous, finite where no token is, X and T zero between one and none; factors of rows
+    [chunks, H, C], float32; `whole`: None, [chunks, H] or [chunks, H, K], float32. Chunks are numbered as
+    `segments.cut` numbers them. R, T, F and either X or X_gain are given together. `reverse` goes from the last chunk
+    to the first with the matrices transposed, and "before" is then after.
     """
 
     def __init__(
-        self, x: Tensor, *, Q: Tensor | None = None, P: Tensor | None = None, Y: Tensor | None = None,
-        W: Tensor | None = None, E: Tensor | None = None, F: Tensor | None = None, F_gain: Tensor | None = None,
-        whole: Tensor | None = None, cu_seqlens: Tensor | None = None, reverse: bool = False,
-        P_transposed: bool = False, Y_transposed: bool = False,
+        self, x: Tensor, *, R: Tensor | None = None, Q: Tensor | None = None, E: Tensor | None = None,
+        F: Tensor | None = None, X: Tensor | None = None, T: Tensor | None = None, P: Tensor | None = None,
+        U: Tensor | None = None, X_gain: Tensor | None = None, R_gain: Tensor | None = None,
+        Q_gain: Tensor | None = None, F_gain: Tensor | None = None, whole: Tensor | None = None,
+        cu_seqlens: Tensor | None = None, reverse: bool = False,
     ):  # fmt: skip
-        self.x, self.P, self.Y, self.gain, self.whole = rows(x), P, Y, F_gain, whole
-        self.B, self.T, self.H, self.V = x.shape
-        self.Q, self.W, self.E, self.F = (None if t is None else rows(t) for t in (Q, W, E, F))
+        one = F is not None and F is R
+        self.x, self.whole = rows(x), whole
+        self.B, self.tokens, self.H, self.V = x.shape
+        self.R, self.Q, self.E, self.F = (None if t is None else rows(t) for t in (R, Q, E, F))
         self.K = next(t.shape[3] for t in (E, F) if t is not None)
+        self.inner, self.outer = (X, T), (P, U)
+        self.gains = (X_gain, R_gain, Q_gain, F_gain)
         self.config = config("affine", device=x.device, K=self.K, V=self.V, size=operand_size(x.dtype))
         self.config["BLOCK_V"] = columns(self.V, x.dtype, self.config["BLOCK_V"])
         programs = self.B * self.H * cdiv(self.V, self.config["BLOCK_V"])
-        if W is not None:  # one fills the shared memory that two of the others share
+        if T is not None:  # one fills the shared memory that two of the others share
             programs *= 2
         self.cut: Segments = segments(x, cu_seqlens, programs)
-        self.transitions: Tensor | None = None  # of the segments [n, H, K, K], found by `states`
-        strides = {t.stride(1) for t in (self.Q, self.W, self.E, self.F) if t is not None}
+        strides = {t.stride(1) for t in (self.R, self.Q, self.E, self.F) if t is not None}
         self.options = {
             "K": self.K, "V": self.V, "BLOCK_K": columns(self.K, x.dtype), "C": CHUNK, "REVERSE": reverse,
-            "VECTOR": whole is not None and whole.dim() == 3, "P_TRANSPOSED": P_transposed,
-            "Y_TRANSPOSED": Y_transposed, "ALIKE": len(strides) == 1, "FETCH": not INTERPRETED,
+            "VECTOR": whole is not None and whole.dim() == 3, "ONE": one, "ALIKE": len(strides) == 1,
+            "FETCH": not INTERPRETED,
+            "LATE": X is not None and P is not None and self.config["num_stages"] > 1,
             **precision(x.dtype), **self.config,
         }  # fmt: skip
 
-    def states(
-        self, S: Tensor | None, last: Tensor | None = None, opposite: Tensor | None = None
-    ) -> Tensor | None:  # fmt: skip
-        """What each segment starts from, given what the first (reversed: last) does; the final state goes to `last`.
-
-        opposite: the `transitions` that the pass the other way over these tokens found. A gradient's are their
-        transposes, which saves finding them.
-        """
+    def states(self, S: Tensor | None, last: Tensor | None = None) -> Tensor | None:
+        """What each segment starts from, given what the first (reversed: last) does; the final state goes to `last`."""
         if self.cut.whole:
             return S
         n, H, K, V = self.cut.count, self.H, self.K, self.V
-        matrix = self.W is not None and opposite is None
+        matrix = self.R is not None
         moves = self._float(n, H, K, V + K if matrix else V)
-        total = None if self.W is not None or self.whole is None else self._float(n, *self.whole.shape[1:])
+        total = None if matrix or self.whole is None else self._float(n, *self.whole.shape[1:])
         self._launch(None, None, None, None, moves, total, matrix)
-        self.transitions = moves[..., V:] if matrix else opposite
         starts = self._float(n, H, K, V)
         if starts.numel():
             some = starts[:0]
             exact = "ieee" if self.options["PRECISION"] == "ieee" else "tf32x3"
             block = columns(V, torch.float32, 32)
             _through_segments[(cdiv(V, block), self.cut.n_seqs * H)](
-                moves, self.transitions, total, some if S is None else S, starts, some if last is None else last,
-                self.cut.first, self.cut.per_sequence, self.cut.packed, int(S is not None), int(last is not None), H,
+                moves, moves[..., V:] if matrix else None, total, some if S is None else S, starts,
+                some if last is None else last, self.cut.first, self.cut.per_sequence, self.cut.packed,
+                int(S is not None), int(last is not None), H,
                 K=K, V=V, WIDTH=moves.shape[3], BLOCK_K=columns(K, torch.float32), BLOCK_V=block,
-                PART=columns(K, torch.float32, 32),
-                VECTOR=self.options["VECTOR"], TRANSPOSED=opposite is not None, REVERSE=self.options["REVERSE"],
+                PART=columns(K, torch.float32, 32), VECTOR=self.options["VECTOR"], REVERSE=self.options["REVERSE"],
                 PRECISION=exact, num_warps=4 if K <= 128 else 8, num_stages=1,
             )  # fmt: skip
         return starts
@@ -287,12 +315,12 @@ class Affine:
         if not programs:
             return
         some = self.cut.unread
-        Q, P = (None, None) if out is None else (self.Q, self.P)
+        Q, outer = (None, (None, None)) if out is None else (self.Q, self.outer)
         affine_pass[(programs,)](
-            *strided(self.x), *strided(Q), *strided(self.W), *shared(self.E, self.H), *shared(self.F, self.H),
-            P, self.Y, self.gain, self.whole,
+            *strided(self.x), *(argument for t in (self.R, Q, self.E, self.F) for argument in shared(t, self.H)),
+            *self.inner, *outer, *self.gains, self.whole,
             out, u, states, some if before is None else before, some if last is None else last, total,
-            self.cut.table, self.T, self.cut.size, self.cut.per_sequence, int(self.cut.packed),
+            self.cut.table, self.tokens, self.cut.size, self.cut.per_sequence, int(self.cut.packed),
             int(before is not None), int(last is not None), self.H, MATRIX=matrix, **self.options,
         )  # fmt: skip
 

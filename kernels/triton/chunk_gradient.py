@@ -168,7 +168,7 @@ def linear_gradient(
 ) -> LinearGradient:  # fmt: skip
     """Of linear attention with a decay for every channel; `bonus` [H, K] only if `exclusive`.
 
-    For all three: `sums` and `whole` are what `fixed_point.cumulate` makes of g [B, T, H, K]; `states` and `d_states`
+    For all three: `sums` and `whole` are what `decayed_rows` makes of g [B, T, H, K]; `states` and `d_states`
     [n, H, K, V] are S before and dS after each of `chunks`, which `cut` makes of CHUNK tokens. Rows of padding come out
     undefined.
     """

@@ -22,7 +22,7 @@ Values = dict[str, int]
 
 
 class Entry(NamedTuple):
-    """Values measured to be good for these widths, on GPUs of this compute capability."""
+    """Values measured to be good for these widths, on GPUs of this compute capability; `maxnreg` may be among them."""
 
     capability: tuple[int, int]
     widths: Values
@@ -58,29 +58,31 @@ SHIPPED: dict[str, Kernel] = {
         entries=(Entry(H200, {"K": 128, "V": 128}, {"BLOCK_V": 64, "num_warps": 4, "num_stages": 2}),),
     ),
     # Chunks made ready for the pass over the states, BLOCK_K columns at a time. With 8 warps a product of 64 rows that
-    # feeds another is computed twice. `gates` as below.
+    # feeds another is computed twice; with fewer registers a third program runs beside two. `gates` as below, and 2 for
+    # every channel.
     "prepare_delta": _PREPARE._replace(
-        entries=(
-            Entry(H200, {"K": 128, "gates": 1}, {"BLOCK_K": 128, "num_warps": 4, "num_stages": 1}),
-            Entry(H200, {"K": 128, "gates": 2, "size": 2}, {"BLOCK_K": 128, "num_warps": 4, "num_stages": 1}),
-        )
-    ),
-    "prepare_dplr": _PREPARE._replace(
-        entries=(Entry(H200, {"K": 128, "size": 2}, {"BLOCK_K": 128, "num_warps": 4, "num_stages": 1}),)
-    ),
-    # Pairs of `readers` and `writers` under a decay for every channel, before those; `levels`: 0 one product, 1 many.
-    "pair_scores": _PREPARE._replace(
         entries=(
             Entry(
                 H200,
-                {"K": 128, "readers": 2, "writers": 2, "levels": 0, "size": 2},
-                {"BLOCK_K": 128, "num_warps": 8, "num_stages": 1},
+                {"K": 128, "gates": 2, "size": 2},
+                {"BLOCK_K": 128, "num_warps": 4, "num_stages": 1, "maxnreg": 168},
             ),
+        )
+    ),
+    "prepare_dplr": _PREPARE,
+    "prepare_linear": _PREPARE,
+    # Before those under a decay for every channel, of `readers` and `writers`: all rows, and pairs that decay strongly.
+    "decayed_rows": Kernel(
+        default={"BLOCK": 64, "ROWS": 16, "num_warps": 2, "num_stages": 1},
+        candidates={"BLOCK": (32, 64, 128), "ROWS": (8, 16), "num_warps": (1, 2, 4), "num_stages": (1,)},
+    ),
+    "pair_scores": _PREPARE._replace(
+        entries=(
             Entry(H200, {"K": 256, "readers": 1, "writers": 1}, {"BLOCK_K": 64, "num_warps": 4, "num_stages": 1}),
             Entry(H200, {"K": 256, "readers": 2, "writers": 2}, {"BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
         )
     ),
-    # As "carry", with up to four row tensors and two matrices a chunk; `size` is the bytes of an operand.
+    # As "carry", with up to four row tensors and four matrices a chunk; `size` is the bytes of an operand.
     "affine": Kernel(
         default={"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
         candidates={"BLOCK_V": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
@@ -169,7 +171,7 @@ def table() -> dict[str, Kernel]:
     merged = dict(SHIPPED)
     for name, entries in read(path()).items():
         if name in merged:  # a table written by another version of subquad may know other kernels
-            mine = [entry for entry in entries if set(entry.values) == set(merged[name].default)]
+            mine = [entry for entry in entries if set(entry.values) >= set(merged[name].default)]
             keys = {(entry.capability, *sorted(entry.widths.items())) for entry in mine}
             rest = [e for e in merged[name].entries if (e.capability, *sorted(e.widths.items())) not in keys]
             merged[name] = merged[name]._replace(entries=(*mine, *rest))

@@ -7,8 +7,8 @@ from torch import Tensor
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.affine import Affine
 from subquad.kernels.triton.chunk_gradient import delta_gradient
-from subquad.kernels.triton.pair_scores import Scores, new_scores
-from subquad.kernels.triton.prepare_delta import delta_scores, prepare_delta
+from subquad.kernels.triton.decayed_rows import new_decayed_rows
+from subquad.kernels.triton.prepare_delta import backward, delta_scores, prepare_delta
 from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
 from subquad.kernels.triton.step import few, step
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, sum_heads
@@ -51,11 +51,18 @@ def _(q, k, v, beta, g, S, cu_seqlens):
 def delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor | None, cu_seqlens: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
     """(out [B, T, H, V], the new state, empty unless one was given; if `keep`, what the gradients need)."""
-    last, kept = new_state(S, v), _kept(q, v, cu_seqlens, keep)
-    out, scores = _forward(q, k, v, beta, g, S, cu_seqlens, last, *(kept if keep else (None, None)))
-    return out, last, *kept, *(_present(scores) if keep and scores is not None else _nothing(v))
+    last = new_state(S, v)
+    u, states = _writes(q, v, cu_seqlens) if keep else (None, None)
+    out, found, sums = _forward(q, k, v, beta, g, S, cu_seqlens, last, u, states)
+    if not keep:
+        return out, last, *(new_state(None, v) for _ in range(11))
+    rows = (found.E if g is not None else None, *((found.R, found.F) if sums is not None else (None, None)))
+    kept = (u, states, found.T, found.P, *rows, found.removal, found.until, found.whole, sums)
+    return out, last, *(new_state(None, v) if x is None else x for x in kept)
 
 
 @operator("delta_rule_triton_", mutates_args=("S",))
@@ -68,11 +75,20 @@ def delta_rule_triton_(
 
 @delta_rule_triton.register_fake
 def _(q, k, v, beta, g, S, cu_seqlens, keep):
-    scores = _nothing(v)
-    if keep and g is not None and g.dim() == 4:
-        scores = _present(new_scores(q, k, k, None, v.shape[2], n_chunks(v, cu_seqlens), torch.float32))
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return out, new_state(S, v), *_kept(q, v, cu_seqlens, keep), *scores
+    nothing = new_state(None, v)
+    out, last = torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v)
+    if not keep:
+        return out, last, *(torch.empty_like(nothing) for _ in range(11))
+    H, K, n = v.shape[2], q.shape[3], n_chunks(v, cu_seqlens)
+    matrices = [v.new_empty(n, H, CHUNK, CHUNK) for _ in range(2)]
+    rows, removal, until, whole, sums = (None, None, None), nothing.new_empty(n, H, CHUNK), None, None, None
+    if g is not None and g.dim() == 3:
+        rows = (v.new_empty(*v.shape[:2], H, K), None, None)
+        until, whole = torch.empty_like(removal), nothing.new_empty(n, H)
+    elif g is not None:
+        *rows, _, _, _, whole, sums = new_decayed_rows(q, k, k, None, H, n)
+    kept = (*_writes(q, v, cu_seqlens), *matrices, *rows, removal, until, whole, sums)
+    return out, last, *(torch.empty_like(nothing) if x is None else x for x in kept)
 
 
 @delta_rule_triton_.register_fake
@@ -80,48 +96,42 @@ def _(q, k, v, beta, g, S, cu_seqlens):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-def _kept(q, v, cu_seqlens, keep):
-    """Room for the writes and for the states before each chunk, which the gradients need."""
-    if not keep:
-        return new_state(None, v), new_state(None, v)
+def _writes(q, v, cu_seqlens):
+    """Room for the writes and for the states before each chunk."""
     return torch.empty_like(v, memory_format=torch.contiguous_format), chunk_states(v, q.shape[3], cu_seqlens)
 
 
-def _present(scores):
-    return tuple(x for x in scores if x is not None)  # there is no second writer
-
-
-def _nothing(v):
-    return tuple(new_state(None, v) for _ in range(6))
-
-
 def _forward(q, k, v, beta, g, S, cu_seqlens, last, u=None, states=None):
-    """(out, the scores under a decay for every channel, or None)"""
+    """(out, the chunks as they were prepared, the sums of a decay for every channel or None)"""
     chunks = cut(v, cu_seqlens, CHUNK)
     scores = delta_scores(q, k, g, chunks) if g is not None and g.dim() == 4 else None
-    prepared = prepare_delta(q, k, beta, g if scores is None else scores, chunks)
-    run = Affine(v, **prepared._asdict(), cu_seqlens=cu_seqlens)
+    found = prepare_delta(q, k, beta, g if scores is None else scores, chunks, keep=states is not None)
+    sums = None if scores is None else scores.rows.sums
+    del scores
+    run = Affine(v, **found.forward(), cu_seqlens=cu_seqlens)
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
     run.run(run.states(S, last), out, u=u, states=states, last=last)
-    return clear_padding(out, cu_seqlens), scores
+    return clear_padding(out, cu_seqlens), found, sums
 
 
 @operator("delta_rule_triton_backward")
 def delta_rule_triton_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor | None,
-    cu_seqlens: Tensor | None, u: Tensor, states: Tensor, pairs: Tensor, q_since: Tensor, k_since: Tensor,
-    k_until: Tensor, whole: Tensor, sums: Tensor,
+    cu_seqlens: Tensor | None, u: Tensor, states: Tensor, T: Tensor, P: Tensor, q_since: Tensor, k_since: Tensor,
+    k_until: Tensor, removal: Tensor, until: Tensor, whole: Tensor, sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, beta, g, S; empty where there is none. From u on: as forward kept them."""
-    chunks = cut(v, cu_seqlens, CHUNK)
-    vector = g is not None and g.dim() == 4
-    gates = Scores(pairs, q_since, k_since, k_until, None, whole, sums) if vector else g
-    prepared = prepare_delta(q, k, beta, gates, chunks, reverse=True)
-    back = Affine(do, **prepared._asdict(), cu_seqlens=cu_seqlens, reverse=True)
+    chunks, gates = cut(v, cu_seqlens, CHUNK), 0 if g is None else g.dim() - 2
+    if gates < 2:  # rows as they are, and factors; see `_forward`
+        k_since = k_until = k
+    if gates == 0:
+        q_since, whole = q, None
+    run = backward(T, P, k_since, k_until, q_since, removal, until if gates == 1 else None, whole)
+    back = Affine(do, **run, cu_seqlens=cu_seqlens, reverse=True)
     e, d_states, dS0 = torch.empty_like(u), chunk_states(do, q.shape[3], cu_seqlens), new_state(S, v)
     first = None if S is None else dS0
     back.run(back.states(dS, first), u=e, states=d_states, last=first)
-    del prepared, back
+    del run, back
 
     dq, dk, dv, dbeta, dg = delta_gradient(q, k, v, beta, g, sums, whole, do, u, e, states, d_states, chunks)
     for x in (dq, dk, dv, dbeta, dg):

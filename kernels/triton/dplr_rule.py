@@ -6,8 +6,8 @@ from torch import Tensor
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.affine import Affine
 from subquad.kernels.triton.chunk_gradient import dplr_gradient
-from subquad.kernels.triton.pair_scores import Scores, new_scores
-from subquad.kernels.triton.prepare_dplr import dplr_scores, prepare_dplr
+from subquad.kernels.triton.decayed_rows import new_decayed_rows
+from subquad.kernels.triton.prepare_dplr import DplrChunks, dplr_scores, prepare_dplr
 from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
 from subquad.kernels.triton.step import few, step
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state
@@ -46,12 +46,13 @@ def dplr_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, S: Tensor | None,
     cu_seqlens: Tensor | None, keep: bool,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     """(out [B, T, H, V], the new state, empty unless one was given; if `keep`, what the gradients need)."""
-    last, kept = new_state(S, v), _kept(q, v, cu_seqlens, keep)
-    out, scores = _forward(q, k, v, a, b, g, S, cu_seqlens, last, *(kept if keep else (None, None)))
-    return out, last, *kept, *(scores if keep else _nothing(v))
+    last = new_state(S, v)
+    u, states = _writes(q, v, cu_seqlens) if keep else (None, None)
+    out, found, sums = _forward(q, k, v, a, b, g, S, cu_seqlens, last, u, states)
+    return out, last, *((u, states, *found, sums) if keep else _nothing(v))
 
 
 @operator("dplr_rule_triton_", mutates_args=("S",))
@@ -64,9 +65,13 @@ def dplr_rule_triton_(
 
 @dplr_rule_triton.register_fake
 def _(q, k, v, a, b, g, S, cu_seqlens, keep):
-    scores = new_scores(q, a, k, b, v.shape[2], n_chunks(v, cu_seqlens), torch.float32) if keep else _nothing(v)
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return out, new_state(S, v), *_kept(q, v, cu_seqlens, keep), *scores
+    out, last = torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v)
+    if not keep:
+        return out, last, *_nothing(v)
+    H, n = v.shape[2], n_chunks(v, cu_seqlens)
+    *rows, _, _, whole, sums = new_decayed_rows(q, a, k, b, H, n)
+    matrices = (v.new_empty(n, H, CHUNK, CHUNK) for _ in range(4))
+    return out, last, *_writes(q, v, cu_seqlens), *matrices, *rows, whole, sums
 
 
 @dplr_rule_triton_.register_fake
@@ -74,43 +79,42 @@ def _(q, k, v, a, b, g, S, cu_seqlens):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-def _kept(q, v, cu_seqlens, keep):
-    """Room for what a reads and for the states before each chunk, which the gradients need."""
-    if not keep:
-        return new_state(None, v), new_state(None, v)
+def _writes(q, v, cu_seqlens):
+    """Room for what a reads and for the states before each chunk."""
     return torch.empty_like(v, memory_format=torch.contiguous_format), chunk_states(v, q.shape[3], cu_seqlens)
 
 
 def _nothing(v):
-    return tuple(new_state(None, v) for _ in range(7))
+    return tuple(new_state(None, v) for _ in range(12))
 
 
 def _forward(q, k, v, a, b, g, S, cu_seqlens, last, u=None, states=None):
+    """(out, the chunks as they were prepared, the sums of the decays)"""
     chunks = cut(v, cu_seqlens, CHUNK)
     scores = dplr_scores(q, k, a, b, g, chunks)
-    P, Q, Y, W, E, F, whole = prepare_dplr(scores, chunks)
-    run = Affine(v, Q=Q, P=P, Y=Y, W=W, E=E, F=F, whole=whole, cu_seqlens=cu_seqlens)
+    found, sums = prepare_dplr(scores, chunks), scores.rows.sums
+    del scores
+    run = Affine(v, **found.forward(), cu_seqlens=cu_seqlens)
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
     run.run(run.states(S, last), out, u=u, states=states, last=last)
-    return clear_padding(out, cu_seqlens), scores
+    return clear_padding(out, cu_seqlens), found, sums
 
 
 @operator("dplr_rule_triton_backward")
 def dplr_rule_triton_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor,
-    S: Tensor | None, cu_seqlens: Tensor | None, u: Tensor, states: Tensor, pairs: Tensor,
-    q_since: Tensor, a_since: Tensor, k_until: Tensor, b_until: Tensor, whole: Tensor, sums: Tensor,
+    S: Tensor | None, cu_seqlens: Tensor | None, u: Tensor, states: Tensor, T: Tensor, qk: Tensor, qb: Tensor,
+    ak: Tensor, q_since: Tensor, a_since: Tensor, k_until: Tensor, b_until: Tensor, whole: Tensor, sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, a, b, g, S; S's empty where there is none. From u on: as forward kept them."""
     chunks = cut(v, cu_seqlens, CHUNK)
-    scores = Scores(pairs, q_since, a_since, k_until, b_until, whole, sums)
-    P, Q, Y, W, E, F, _ = prepare_dplr(scores, chunks, reverse=True)
-    back = Affine(do, Q=Q, P=P, Y=Y, W=W, E=E, F=F, whole=whole, cu_seqlens=cu_seqlens, reverse=True)
+    found = DplrChunks(T, qk, qb, ak, q_since, a_since, k_until, b_until, whole)
+    back = Affine(do, **found.backward(), cu_seqlens=cu_seqlens, reverse=True)
     e, dv, dS0 = torch.empty_like(u), torch.empty_like(u), new_state(S, v)
     d_states = chunk_states(do, q.shape[3], cu_seqlens)
     first = None if S is None else dS0
     back.run(back.states(dS, first), dv, u=e, states=d_states, last=first)
-    del P, Q, Y, W, E, F, back
+    del found, back
 
     dq, dk, da, db, dg = dplr_gradient(q, k, v, a, b, g, sums, whole, do, u, e, states, d_states, chunks)
     for x in (dq, dk, dv, da, db, dg):

@@ -8,53 +8,13 @@ a decay of 5e-10, so that the sum over a chunk fits 32 bits.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from subquad.kernels.triton.launch import cdiv, kernel
-from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
-from subquad.kernels.triton.tiles import exp2, padded
+from subquad.kernels.triton.segments import CHUNK
+from subquad.kernels.triton.tiles import exp2
 
 UNIT = tl.constexpr(2.0**-20)
 LOWEST = tl.constexpr(-31.0)
 assert CHUNK * 31 * 2**20 < 2**31
-
-
-@kernel(do_not_specialize=["g_b", "T", "per_sequence", "packed"])
-def _cumulate(
-    g, g_b, g_t, g_h, g_k, sums, whole, table, T, per_sequence, packed, H,
-    K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    N_BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    col = (program % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    here = (program // N_BLOCKS).to(tl.int64)
-    b, start, end, _ = segment_bounds(table, program // (N_BLOCKS * H), T, C, per_sequence, packed)
-    at = g + b * g_b + start.to(tl.int64) * g_t + ((program // N_BLOCKS) % H) * g_h + col * g_k
-    to = sums + here * (C * K) + col
-    total = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, C, ROWS):
-        gates = ()
-        for i in tl.static_range(ROWS):  # all loads before the sums that wait for them
-            inside = first + i < end - start
-            gates += (tl.load(at + (first + i) * g_t, mask=tl.where(inside, col < K, False), other=0.0),)
-        for i in tl.static_range(ROWS):
-            gate = gates[i].to(tl.float64) * 1.4426950408889634
-            total += tl.where(gate < LOWEST, LOWEST, gate)  # and NaN stays
-            units = (total / UNIT - 0.5).to(tl.int32)  # the nearest: no sum is above zero
-            tl.store(to + (first + i) * K, units, mask=col < K)
-    tl.store(whole + here * K + col, tl.exp2(total.to(tl.float32)), mask=col < K)
-
-
-def cumulate(g: Tensor, chunks: Segments, sums: Tensor, whole: Tensor) -> None:
-    """Of g [B, T, H, K], any strides: its sums since each chunk's start into `sums`, int32 [n, H, CHUNK, K], and the
-    chunks' whole decays into `whole`, float32 [n, H, K]. Rows past a chunk's end get its whole sum."""
-    H, K = g.shape[2:]
-    block = min(padded(K), 128)
-    if sums.numel():
-        _cumulate[(chunks.count * H * cdiv(K, block),)](
-            g, *g.stride(), sums, whole, chunks.table, g.shape[1], chunks.per_sequence, chunks.packed, H,
-            K=K, C=CHUNK, BLOCK=block, ROWS=16, num_warps=max(1, block // 32),
-        )  # fmt: skip
 
 
 @triton.jit

@@ -75,9 +75,7 @@ def vector_decay_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, g, S, bonus; empty where there is none. From `states` on: as forward kept them."""
     chunks = cut(v, cu_seqlens, CHUNK)
-    back = Affine(
-        do, Q=k_e, P=P, E=q_s, whole=whole, cu_seqlens=cu_seqlens, reverse=True, P_transposed=True
-    )  # fmt: skip
+    back = Affine(do, Q=k_e, P=P, E=q_s, whole=whole, cu_seqlens=cu_seqlens, reverse=True)
     dv, d_states, dS0 = torch.empty_like(v), chunk_states(do, q.shape[3], cu_seqlens), new_state(S, v)
     first = None if S is None else dS0
     back.run(back.states(dS, first), dv, states=d_states, last=first)

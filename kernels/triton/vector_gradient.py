@@ -15,7 +15,7 @@ import triton.language as tl
 
 from subquad.kernels.triton.fixed_point import boundary, decay_between, load_stacked, load_sums, store_stacked
 from subquad.kernels.triton.launch import kernel
-from subquad.kernels.triton.pair_scores import gentle
+from subquad.kernels.triton.pair_scores import AT_ONCE, LEAST, gentle, least_sums
 from subquad.kernels.triton.segments import segment_bounds
 from subquad.kernels.triton.tiles import dot, load_tile, store_tile
 
@@ -211,15 +211,22 @@ def vector_gradient(
                 K, V, BLOCK_K, BLOCK_V, C, LEVELS, HALVES, EXCLUSIVE1, EXCLUSIVE2, SINGLE, DOT, PRECISION,
             )  # fmt: skip
     else:
-        for turn in range(tl.cdiv(n_places - tl.program_id(0), tl.num_programs(0))):
-            place = tl.program_id(0) + turn * tl.num_programs(0)
+        program = tl.program_id(0)
+        programs = tl.num_programs(0)
+        turn = tl.arange(0, AT_ONCE)
+        for first in range(0, tl.cdiv(n_places - program, programs), AT_ONCE):
+            places = program + (first + turn) * programs
             # A chunk without tokens has no decays either.
-            if not gentle(sums + (place // N_BLOCKS).to(tl.int64) * (C * K), K, C):
-                _gradient(
-                    place, r1, r1_b, r1_t, r1_h, r1_share, r2, r2_b, r2_t, r2_h, r2_share,
-                    w1, w1_b, w1_t, w1_h, w1_share, w2, w2_b, w2_t, w2_h, w2_share,
-                    y1, y1_b, y1_t, y1_h, y2, y2_b, y2_t, y2_h, x1, x1_b, x1_t, x1_h, x2, x2_b, x2_t, x2_h,
-                    beta, beta_b, beta_t, beta_h, bonus, sums, whole, states, d_states, pairs, own, n_own,
-                    dr1, dr2, dw1, dw2, dg, dbeta, dbonus, table, T, per_sequence, packed, n_rows, H,
-                    K, V, BLOCK_K, BLOCK_V, C, LEVELS, HALVES, EXCLUSIVE1, EXCLUSIVE2, SINGLE, DOT, PRECISION,
-                )  # fmt: skip
+            least = least_sums(sums, places // N_BLOCKS, n_places // N_BLOCKS, K, C)
+            if tl.min(least, 0) < LEAST:
+                for i in range(AT_ONCE):
+                    if tl.min(tl.where(turn == i, least, 0), 0) < LEAST:
+                        _gradient(
+                            program + (first + i) * programs,
+                            r1, r1_b, r1_t, r1_h, r1_share, r2, r2_b, r2_t, r2_h, r2_share,
+                            w1, w1_b, w1_t, w1_h, w1_share, w2, w2_b, w2_t, w2_h, w2_share,
+                            y1, y1_b, y1_t, y1_h, y2, y2_b, y2_t, y2_h, x1, x1_b, x1_t, x1_h, x2, x2_b, x2_t, x2_h,
+                            beta, beta_b, beta_t, beta_h, bonus, sums, whole, states, d_states, pairs, own, n_own,
+                            dr1, dr2, dw1, dw2, dg, dbeta, dbonus, table, T, per_sequence, packed, n_rows, H,
+                            K, V, BLOCK_K, BLOCK_V, C, LEVELS, HALVES, EXCLUSIVE1, EXCLUSIVE2, SINGLE, DOT, PRECISION,
+                        )  # fmt: skip

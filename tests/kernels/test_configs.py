@@ -129,6 +129,6 @@ def test_the_shipped_table_is_consistent(monkeypatch):
     for name, kernel in configs.SHIPPED.items():
         assert set(kernel.candidates) == set(kernel.default), name
         for found in kernel.entries:
-            assert set(found.values) == set(kernel.default), name
-            assert all(found.values[key] in kernel.candidates[key] for key in found.values), name
+            assert set(found.values) - {"maxnreg"} == set(kernel.default), name
+            assert all(found.values[key] in kernel.candidates[key] for key in kernel.default), name
         json.dumps(kernel.entries)

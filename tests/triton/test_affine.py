@@ -15,8 +15,10 @@ pytestmark = pytest.mark.unchecked
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 DTYPES = [torch.float32] if DEVICE == "cpu" else list(BOUND)
-# f: factors of F's rows; G: one head of E and F for all.
-GROUPS = {"linear": "QPE", "delta": "QPYWFfG", "dplr": "QPYWEF", "delta's gradient": "YWEFf"}
+# Small letters: a factor for each row; "=": F is R; "1": one head of these rows for all.
+GROUPS = {
+    "linear": "QPE", "delta": "TUxrR=fqQ1", "KDA": "TUxrRFQ", "dplr": "TXPURQEF", "delta's gradient": "TXrR=fE1",
+}  # fmt: skip
 C = segments.CHUNK
 
 
@@ -64,19 +66,23 @@ def tensors(
         return wide.to(DEVICE, dtype)[..., :width]  # strided
 
     given = {"x": rows(V, 1.0)}
-    for name in "QWEF":
+    for name in "QREF":
         if name in groups:
-            spare = 3 if alike else "QWEF".index(name)
-            heads = 1 if "G" in groups and name in "EF" else H
-            given[name] = rows(K, {"Q": 1.0, "W": 0.5 / K}.get(name, C**-0.5), spare, heads)
-        if name == "F" and "f" in groups:
-            given["F_gain"] = 2 * torch.rand(layout.n_chunks, H, C, generator=generator).to(DEVICE) - 1
-    for name in "PY":
+            spare = 3 if alike else "QREF".index(name)
+            given[name] = rows(K, {"Q": 1.0, "R": 0.5 / K}.get(name, C**-0.5), spare, 1 if "1" in groups else H)
+    if "=" in groups:
+        given["F"] = given["R"]
+    for name in "XRQF":
+        if name.lower() in groups:
+            given[f"{name}_gain"] = 2 * torch.rand(layout.n_chunks, H, C, generator=generator).to(DEVICE) - 1
+    for name in "XTPU":
         if name in groups:
             matrix = torch.full((layout.n_chunks, H, C, C), 9.0)
             for _, start, end, chunk in layout.sequences:
                 for i, at in enumerate(range(start, end, C)):
                     m = min(C, end - at)
+                    if name in "XT":
+                        matrix[chunk + i, :, m:, :m] = matrix[chunk + i, :, :m, m:] = 0.0
                     matrix[chunk + i, :, :m, :m] = C**-0.5 * torch.randn(H, m, m, generator=generator)
             given[name] = matrix.to(DEVICE, dtype)
     if whole is not None:
@@ -85,19 +91,11 @@ def tensors(
     return given
 
 
-def expected(layout: Layout, given: dict[str, Tensor], S: Tensor, reverse: bool, transposed: bool):
+def expected(layout: Layout, given: dict[str, Tensor], S: Tensor, reverse: bool):
     """(o, u, the states before each chunk, the final states); zero where nothing is."""
     t = {name: value.double() for name, value in given.items()}
-    if transposed:
-        t |= {name: t[name].mT for name in "PY" if name in t}
     x = t["x"]
     H, K, V = S.shape[1:]
-
-    def of(name, b, span, h, c):
-        rows = t[name][b, span, h // (H // t[name].shape[2])]
-        gain = t.get(f"{name}_gain")
-        return rows if gain is None else rows * gain[c, h, : rows.shape[0], None]
-
     o, u = torch.zeros_like(x), torch.zeros_like(x)
     states, last = torch.zeros(layout.n_chunks, H, K, V, dtype=x.dtype, device=x.device), torch.empty_like(S.double())
     for n, (b, start, end, chunk) in enumerate(layout.sequences):
@@ -107,26 +105,37 @@ def expected(layout: Layout, given: dict[str, Tensor], S: Tensor, reverse: bool,
             for i, at in reversed(places) if reverse else places:
                 span, c = slice(at, min(at + C, end)), chunk + i
                 m = span.stop - span.start
-                x_c = x[b, span, h]
-                states[c, h] = s
+                x_c, states[c, h] = x[b, span, h], s
+
+                def row(name, span=span, b=b, h=h):
+                    return t[name][b, span, h // (H // t[name].shape[2])]
+
+                def gain(name, y, c=c, h=h, m=m):
+                    return y * t[f"{name}_gain"][c, h, :m, None] if f"{name}_gain" in t else y
+
+                def matrix(name, c=c, h=h, m=m):
+                    return (t[name].mT if reverse else t[name])[c, h, :m, :m]
+
                 after = s
                 if "whole" in t:
                     decay = t["whole"][c, h]
                     after = s * (decay[:, None] if decay.dim() else decay)
-                if "P" in t:
-                    o[b, span, h] = t["P"][c, h, :m, :m] @ x_c + t["Q"][b, span, h] @ s
-                if "E" in t:
-                    after = after + of("E", b, span, h, c).mT @ x_c
-                if "Y" in t:
-                    u[b, span, h] = t["Y"][c, h, :m, :m] @ x_c + t["W"][b, span, h] @ s
-                    after = after + of("F", b, span, h, c).mT @ u[b, span, h]
-                s = after
+                if "T" in t:
+                    met = matrix("X") @ x_c if "X" in t else gain("X", x_c)
+                    u[b, span, h] = matrix("T") @ (met + gain("R", row("R") @ s))
+                    after = after + gain("F", row("F")).mT @ u[b, span, h]
+                if "Q" in t:
+                    o[b, span, h] = gain("Q", row("Q") @ s)
+                    for name, y in (("P", x_c), ("U", u[b, span, h])):
+                        if name in t:
+                            o[b, span, h] += matrix(name) @ y
+                s = after + row("E").mT @ x_c if "E" in t else after
             last[n, h] = s
     return o, u, states, last
 
 
 def check(
-    layout, groups, whole, *, reverse=False, transposed=False, carried=True, widths=(2, 5, 7), dtype=torch.float32,
+    layout, groups, whole, *, reverse=False, carried=True, widths=(2, 5, 7), dtype=torch.float32,
     alike=True,
 ):  # fmt: skip
     H, K, V = widths
@@ -134,15 +143,13 @@ def check(
     N = len(layout.sequences)
     S = torch.randn(N, H, K, V, generator=torch.Generator().manual_seed(1)).to(DEVICE) if carried else None
     zero = torch.zeros(N, H, K, V, device=DEVICE)
-    affine = Affine(
-        **given, cu_seqlens=layout.cu_seqlens, reverse=reverse, P_transposed=transposed, Y_transposed=transposed
-    )
+    affine = Affine(**given, cu_seqlens=layout.cu_seqlens, reverse=reverse)
     last = torch.full_like(zero, float("nan"))
     out, u = (torch.zeros(layout.B, layout.T, H, V, device=DEVICE, dtype=dtype) for _ in range(2))
     states = chunk_states(given["x"], K, layout.cu_seqlens).zero_()
     before = affine.states(S, last)
-    affine.run(before, out if "P" in given else None, u=u if "Y" in given else None, states=states, last=last)
-    wanted = expected(layout, given, zero if S is None else S, reverse, transposed)
+    affine.run(before, out if "Q" in given else None, u=u if "T" in given else None, states=states, last=last)
+    wanted = expected(layout, given, zero if S is None else S, reverse)
     for name, ours, reference in zip(("o", "u", "states", "last"), (out, u, states, last), wanted, strict=True):
         assert relative_error(ours, reference) < BOUND[dtype], name
     return affine
@@ -161,20 +168,8 @@ def short(monkeypatch):
 @pytest.mark.parametrize("groups", GROUPS)
 def test_in_segments(groups, whole, reverse, dtype, short):
     layout, widths = batch(2, 150), (1, 5, 7)
-    affine = check(layout, GROUPS[groups], whole, reverse=reverse, transposed=reverse, widths=widths, dtype=dtype)
+    affine = check(layout, GROUPS[groups], whole, reverse=reverse, widths=widths, dtype=dtype)
     assert affine.cut.per_sequence == 3
-
-
-@pytest.mark.parametrize("whole", [None, "scalar", "vector"])
-def test_transitions_found_by_the_pass_the_other_way(whole, short):
-    given = tensors(batch(2, 150), "YWF", whole)
-    S = torch.randn(2, 2, 5, 7, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    forward = Affine(**given)
-    forward.states(S)
-    given["W"], given["F"] = given["F"], given["W"]  # what they do to a state is the transpose
-    found, reused = (Affine(**given, reverse=True).states(S, None, t) for t in (None, forward.transitions))
-    assert found.shape[0] == 6
-    assert relative_error(reused, found) < BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("reverse", [False, True])

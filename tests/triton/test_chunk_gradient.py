@@ -7,7 +7,7 @@ import torch
 
 from subquad.kernels.triton.chunk_gradient import delta_gradient, dplr_gradient, linear_gradient
 from subquad.kernels.triton.configs import forced
-from subquad.kernels.triton.fixed_point import cumulate
+from subquad.kernels.triton.decayed_rows import decayed_rows
 from subquad.kernels.triton.segments import CHUNK, cut
 
 pytestmark = pytest.mark.unchecked
@@ -161,10 +161,8 @@ def gates_of(p):
     g = p.x.get("g")
     if g is None or g.dim() == 3:
         return None, None
-    sums = torch.empty(p.chunks.count, g.shape[2], CHUNK, g.shape[3], dtype=torch.int32, device=DEVICE)
-    whole = torch.empty(p.chunks.count, *g.shape[2:], device=DEVICE)
-    cumulate(g, p.chunks, sums, whole)
-    return sums, whole
+    found = decayed_rows(p.x["q"], None, p.x["k"], None, g, p.chunks)
+    return found.sums, found.whole
 
 
 def linear(exclusive=False, **options):

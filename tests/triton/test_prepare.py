@@ -101,6 +101,8 @@ def compare(found, oracle, spots, H, dtype):
                 x = getattr(found, name)
                 if x.shape[0] == len(spots) and x.shape[1] == H and (x.shape[2:] == (CHUNK, CHUNK)):
                     matrix = torch.zeros(CHUNK, CHUNK, dtype=torch.float64)
+                    if name == "T":  # what is no token removes nothing
+                        matrix.fill_diagonal_(1.0)
                     if at is not None:
                         c = at[2] - at[1]
                         matrix[:c, :c] = expected[name]
@@ -109,7 +111,7 @@ def compare(found, oracle, spots, H, dtype):
                 elif at is not None:
                     if name == "whole":
                         value = x[n, h]
-                    elif name.endswith("_gain"):
+                    elif name in ("strength", "removal", "since", "until"):
                         value = x[n, h, : at[2] - at[1]]
                     else:
                         value = head(x[at[0], at[1] : at[2]], h, H)
@@ -142,64 +144,54 @@ def test_linear(layout, K, G, exclusive, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(
     ("gate", "kind"), [(None, "mild"), *[(g, kind) for g in ("scalar", "vector") for kind in GATES]]
 )
 @pytest.mark.parametrize(("layout", "K", "G"), [("packed", 24, 1), ("short", 16, 2), ("short", 80, 2)])
-def test_delta(layout, K, G, gate, kind, reverse, dtype):
+def test_delta(layout, K, G, gate, kind, keep, dtype):
     H = 2
     x, chunks, spots = inputs(layout, K, ["q", "k"], {"q": G, "k": G}, gate=gate, kind=kind, dtype=dtype)
     k = x["k"] = torch.nn.functional.normalize(x["k"].float(), dim=-1).to(dtype)
     beta = (1.99 * torch.rand(*k.shape[:2], H)).to(DEVICE, dtype)
     g = delta_scores(x["q"], k, x["g"], chunks) if gate == "vector" else x.get("g")
-    found = prepare_delta(x["q"], k, beta, g, chunks, reverse=reverse)
+    found = prepare_delta(x["q"], k, beta, g, chunks, keep=keep)
 
     def oracle(at, h):
         q, k = (head(chunk_of(x[name], at, h), h, H) for name in "qk")
         b, c = chunk_of(beta, at, h)[:, h], len(q)
         D, since, until, whole = decays(None if gate is None else chunk_of(x["g"], at, h)[:, h], c, K, False)
-        P0, A = scores(q, k, D), scores(b[:, None] * k, k, D).tril(-1)
-        T = torch.linalg.inv(torch.eye(c, dtype=torch.float64) + A)
-        if gate == "scalar":
-            whole = whole[0]
-        alone = gate != "vector"  # keys stay as they are, and their decays are factors
-        if reverse:
-            F = {"F": k, "F_gain": -b * since[:, 0]} if alone else {"F": k * since, "F_gain": -b}
-            return {"Y": (P0 @ T).mT, "W": T.mT @ (k * until), "E": q * since, "whole": whole, **F}
-        Y, W = T @ b.diag(), -T @ (b[:, None] * k * since)
-        F = {"F": k if alone else k * until, "F_gain": until[:, 0]}
-        return {"P": P0 @ Y, "Q": q * since + P0 @ W, "Y": Y, "W": W, "whole": whole, **F}
+        T = torch.linalg.inv(torch.eye(c, dtype=torch.float64) + scores(b[:, None] * k, k, D).tril(-1))
+        rows, removal = {"Q": q, "R": k, "F": k}, -b  # as they are, and their decays are factors
+        if gate == "vector":
+            rows = {"Q": q * since, "R": k * since, "F": k * until}
+        elif gate == "scalar":
+            whole, removal = whole[0], -b * since[:, 0]
+        factors = {"strength": b, "removal": removal, "since": since[:, 0], "until": until[:, 0]}
+        return {"T": T, "P": scores(q, k, D), "E": q * since, "whole": whole, **rows, **factors}
 
     compare(found, oracle, spots, H, dtype)
+    assert (found.E is not None) == (keep or gate != "scalar")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize(("layout", "K"), [("packed", 24), ("short", 16)])
-def test_dplr(layout, K, kind, reverse, dtype):
+def test_dplr(layout, K, kind, dtype):
     H = 2
     x, chunks, spots = inputs(layout, K, ["q", "k", "a", "b"], {}, gate="vector", kind=kind, dtype=dtype)
     x["a"] = torch.nn.functional.normalize(x["a"].float(), dim=-1).to(dtype)
     x["b"] = (-x["a"].float() * torch.rand(x["a"].shape).to(DEVICE)).to(dtype)
-    scores_of = dplr_scores(x["q"], x["k"], x["a"], x["b"], x["g"], chunks)
-    found = prepare_dplr(scores_of, chunks, reverse=reverse)
+    found = prepare_dplr(dplr_scores(x["q"], x["k"], x["a"], x["b"], x["g"], chunks), chunks)
 
     def oracle(at, h):
         q, k, a, b = (chunk_of(x[name], at, h)[:, h] for name in "qkab")
         g, c = chunk_of(x["g"], at, h)[:, h], len(q)
         D, since, until, whole = decays(g, c, K, False)
         earlier, before, _, _ = decays(g, c, K, True)
-        ak, ab, qk, qb = scores(a, k, earlier), scores(a, b, earlier), scores(q, k, D), scores(q, b, D)
-        T = torch.linalg.inv(torch.eye(c, dtype=torch.float64) - ab)
-        if reverse:
-            Y, W = (qb @ T).mT, T.mT @ (b * until)
-            P, Q = qk.mT + ak.mT @ Y, k * until + ak.mT @ W
-            return {"P": P, "Q": Q, "Y": Y, "W": W, "E": q * since, "F": a * before, "whole": whole}
-        Y, W = T @ ak, T @ (a * before)
-        P, Q = qk + qb @ Y, q * since + qb @ W
-        return {"P": P, "Q": Q, "Y": Y, "W": W, "E": k * until, "F": b * until, "whole": whole}
+        T = torch.linalg.inv(torch.eye(c, dtype=torch.float64) - scores(a, b, earlier))
+        pairs = {"qk": scores(q, k, D), "qb": scores(q, b, D), "ak": scores(a, k, earlier), "T": T}
+        return {"q": q * since, "a": a * before, "k": k * until, "b": b * until, "whole": whole, **pairs}
 
     compare(found, oracle, spots, H, dtype)
 
@@ -212,9 +204,9 @@ def test_strides_make_no_difference():
     beta = torch.rand(2, 2, device=DEVICE)[:, None].expand(2, 7, 2)
     for prepare, names, more in (
         (prepare_linear, "qk", [g]),
-        (delta_scores, "qk", [g]),
+        (lambda *inputs: delta_scores(*inputs).rows, "qk", [g]),
         (prepare_delta, "qk", [beta, g[..., 0]]),
-        (dplr_scores, "qkab", [g]),
+        (lambda *inputs: dplr_scores(*inputs).rows, "qkab", [g]),
     ):
         found = prepare(*(wide[name] for name in names), *more, chunks)
         expected = prepare(*(x[name] for name in names), *(m.contiguous() for m in more), chunks)
