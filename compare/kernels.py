@@ -1,8 +1,8 @@
 """`subquad compare kernels`: the Triton forms on the GPU at hand, against the memory floor and other libraries.
 
-Times are medians on the GPU's clock. The floor is what moving the bytes takes at the rate of a copy, measured in the
-same run: a forward pass reads its inputs and writes its output, training also reads inputs and upstream gradient and
-writes the gradients.
+Times are on the GPU's clock, the least of three medians. The floor is what moving the bytes takes at the rate of a
+copy, measured in the same run: a forward pass reads its inputs and writes its output, training also reads inputs and
+upstream gradient and writes the gradients.
 """
 
 import os

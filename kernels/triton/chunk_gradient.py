@@ -22,7 +22,7 @@ from torch import Tensor
 
 from subquad.kernels.triton.chunk_products import chunk_products
 from subquad.kernels.triton.configs import config
-from subquad.kernels.triton.launch import kernel, launch_each
+from subquad.kernels.triton.launch import kernel, settle
 from subquad.kernels.triton.pair_scores import LOOKING
 from subquad.kernels.triton.prepare import load_matrix
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
@@ -248,8 +248,10 @@ class _Launch:
                 "LEVELS": CHUNK.bit_length() - 1, "HALVES": halves, "EXCLUSIVE1": exclusive[0],
                 "EXCLUSIVE2": exclusive[1], **self.always, **options,
             }  # fmt: skip
-            grids = {True: (places,), False: (min(places, LOOKING),)}
-            launch_each(vector_gradient, arguments, [(grids[s], {"SINGLE": s, **always}) for s in grids])
+            grids = {True: places, False: min(places, LOOKING)}
+            for single, grid in grids.items():
+                vector_gradient[(grid,)](*arguments, SINGLE=single, **always)
+        settle()
         return None if dbeta is None else dbeta.sum(0)
 
     def scalar(self, q, k, g, do, e, u, states, d_states, dq, dk, *, beta, v, dv) -> tuple[Tensor, Tensor | None]:
@@ -266,6 +268,7 @@ class _Launch:
                 *shared(q, self.H), *shared(k, self.H), *found, *self._head(g), *self._head(beta), states, d_states,
                 pairs, own, dq, dk, dg, dbeta, *self.where, self.B * self.T, self.H, **self.always, **options,
             )  # fmt: skip
+        settle()
         return dbeta.sum(0), None if g is None else dg[0] if blocks == 1 else dg.sum(0)
 
     def _products(self, values, matrices, n_own, beta, g, v, dv, dbeta, blocks, *, VECTOR):

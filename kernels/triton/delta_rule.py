@@ -8,7 +8,8 @@ from subquad.kernels.operators import operator
 from subquad.kernels.triton.affine import Affine
 from subquad.kernels.triton.chunk_gradient import delta_gradient
 from subquad.kernels.triton.decayed_rows import new_decayed_rows
-from subquad.kernels.triton.prepare_delta import backward, delta_scores, prepare_delta
+from subquad.kernels.triton.launch import side_by_side
+from subquad.kernels.triton.prepare_delta import DeltaChunks, delta_scores, prepare_delta
 from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
 from subquad.kernels.triton.step import few, step
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, sum_heads
@@ -52,17 +53,21 @@ def delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor | None, cu_seqlens: Tensor | None,
     keep: bool,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
-    """(out [B, T, H, V], the new state, empty unless one was given; if `keep`, what the gradients need)."""
+    """(out [B, T, H, V], the new state, empty unless one was given; if `keep`, what the gradients need).
+
+    Without a decay for every channel they prepare the chunks once more, which costs less than it takes memory.
+    """
     last = new_state(S, v)
     u, states = _writes(q, v, cu_seqlens) if keep else (None, None)
     out, found, sums = _forward(q, k, v, beta, g, S, cu_seqlens, last, u, states)
     if not keep:
-        return out, last, *(new_state(None, v) for _ in range(11))
-    rows = (found.E if g is not None else None, *((found.R, found.F) if sums is not None else (None, None)))
-    kept = (u, states, found.T, found.P, *rows, found.removal, found.until, found.whole, sums)
-    return out, last, *(new_state(None, v) if x is None else x for x in kept)
+        return out, last, *_nothing(v, 10)
+    if sums is None:
+        return out, last, u, states, *_nothing(v, 8)
+    rows = (found.Q, found.R, found.F)
+    return out, last, u, states, found.T, found.P, *rows, found.removal, found.whole, sums
 
 
 @operator("delta_rule_triton_", mutates_args=("S",))
@@ -75,25 +80,25 @@ def delta_rule_triton_(
 
 @delta_rule_triton.register_fake
 def _(q, k, v, beta, g, S, cu_seqlens, keep):
-    nothing = new_state(None, v)
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v)
     if not keep:
-        return out, last, *(torch.empty_like(nothing) for _ in range(11))
-    H, K, n = v.shape[2], q.shape[3], n_chunks(v, cu_seqlens)
-    matrices = [v.new_empty(n, H, CHUNK, CHUNK) for _ in range(2)]
-    rows, removal, until, whole, sums = (None, None, None), nothing.new_empty(n, H, CHUNK), None, None, None
-    if g is not None and g.dim() == 3:
-        rows = (v.new_empty(*v.shape[:2], H, K), None, None)
-        until, whole = torch.empty_like(removal), nothing.new_empty(n, H)
-    elif g is not None:
-        *rows, _, _, _, whole, sums = new_decayed_rows(q, k, k, None, H, n)
-    kept = (*_writes(q, v, cu_seqlens), *matrices, *rows, removal, until, whole, sums)
-    return out, last, *(torch.empty_like(nothing) if x is None else x for x in kept)
+        return out, last, *_nothing(v, 10)
+    kept = _writes(q, v, cu_seqlens)
+    if g is None or g.dim() == 3:
+        return out, last, *kept, *_nothing(v, 8)
+    H, n = v.shape[2], n_chunks(v, cu_seqlens)
+    *rows, _, _, _, whole, sums = new_decayed_rows(q, k, k, None, H, n)
+    matrices = (v.new_empty(n, H, CHUNK, CHUNK) for _ in range(2))
+    return out, last, *kept, *matrices, *rows, whole.new_empty(n, H, CHUNK), whole, sums
 
 
 @delta_rule_triton_.register_fake
 def _(q, k, v, beta, g, S, cu_seqlens):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _nothing(v, count):
+    return tuple(new_state(None, v) for _ in range(count))
 
 
 def _writes(q, v, cu_seqlens):
@@ -103,14 +108,15 @@ def _writes(q, v, cu_seqlens):
 
 def _forward(q, k, v, beta, g, S, cu_seqlens, last, u=None, states=None):
     """(out, the chunks as they were prepared, the sums of a decay for every channel or None)"""
-    chunks = cut(v, cu_seqlens, CHUNK)
-    scores = delta_scores(q, k, g, chunks) if g is not None and g.dim() == 4 else None
-    found = prepare_delta(q, k, beta, g if scores is None else scores, chunks, keep=states is not None)
-    sums = None if scores is None else scores.rows.sums
-    del scores
-    run = Affine(v, **found.forward(), cu_seqlens=cu_seqlens)
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
-    run.run(run.states(S, last), out, u=u, states=states, last=last)
+    with side_by_side():
+        chunks = cut(v, cu_seqlens, CHUNK)
+        scores = delta_scores(q, k, g, chunks) if g is not None and g.dim() == 4 else None
+        found = prepare_delta(q, k, beta, g if scores is None else scores, chunks)
+        sums = None if scores is None else scores.rows.sums
+        del scores
+        run = Affine(v, **found.forward(), cu_seqlens=cu_seqlens)
+        run.run(run.states(S, last), out, u=u, states=states, last=last)
     return clear_padding(out, cu_seqlens), found, sums
 
 
@@ -118,22 +124,22 @@ def _forward(q, k, v, beta, g, S, cu_seqlens, last, u=None, states=None):
 def delta_rule_triton_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor | None,
     cu_seqlens: Tensor | None, u: Tensor, states: Tensor, T: Tensor, P: Tensor, q_since: Tensor, k_since: Tensor,
-    k_until: Tensor, removal: Tensor, until: Tensor, whole: Tensor, sums: Tensor,
+    k_until: Tensor, removal: Tensor, whole: Tensor, sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, beta, g, S; empty where there is none. From u on: as forward kept them."""
-    chunks, gates = cut(v, cu_seqlens, CHUNK), 0 if g is None else g.dim() - 2
-    if gates < 2:  # rows as they are, and factors; see `_forward`
-        k_since = k_until = k
-    if gates == 0:
-        q_since, whole = q, None
-    run = backward(T, P, k_since, k_until, q_since, removal, until if gates == 1 else None, whole)
-    back = Affine(do, **run, cu_seqlens=cu_seqlens, reverse=True)
     e, d_states, dS0 = torch.empty_like(u), chunk_states(do, q.shape[3], cu_seqlens), new_state(S, v)
-    first = None if S is None else dS0
-    back.run(back.states(dS, first), u=e, states=d_states, last=first)
-    del run, back
+    with side_by_side():
+        chunks = cut(v, cu_seqlens, CHUNK)
+        if g is None or g.dim() == 3:
+            found = prepare_delta(q, k, beta, g, chunks, back=True)
+        else:
+            found = DeltaChunks(T, P, q_since, k_since, k_until, q_since, removal, whole)
+        back = Affine(do, **found.backward(), cu_seqlens=cu_seqlens, reverse=True)
+        first = None if S is None else dS0
+        back.run(back.states(dS, first), u=e, states=d_states, last=first)
+        del found, back
 
-    dq, dk, dv, dbeta, dg = delta_gradient(q, k, v, beta, g, sums, whole, do, u, e, states, d_states, chunks)
+        dq, dk, dv, dbeta, dg = delta_gradient(q, k, v, beta, g, sums, whole, do, u, e, states, d_states, chunks)
     for x in (dq, dk, dv, dbeta, dg):
         clear_padding(x, cu_seqlens)
     G = q.shape[2]

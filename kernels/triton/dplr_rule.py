@@ -7,6 +7,7 @@ from subquad.kernels.operators import operator
 from subquad.kernels.triton.affine import Affine
 from subquad.kernels.triton.chunk_gradient import dplr_gradient
 from subquad.kernels.triton.decayed_rows import new_decayed_rows
+from subquad.kernels.triton.launch import side_by_side
 from subquad.kernels.triton.prepare_dplr import DplrChunks, dplr_scores, prepare_dplr
 from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
 from subquad.kernels.triton.step import few, step
@@ -90,13 +91,14 @@ def _nothing(v):
 
 def _forward(q, k, v, a, b, g, S, cu_seqlens, last, u=None, states=None):
     """(out, the chunks as they were prepared, the sums of the decays)"""
-    chunks = cut(v, cu_seqlens, CHUNK)
-    scores = dplr_scores(q, k, a, b, g, chunks)
-    found, sums = prepare_dplr(scores, chunks), scores.rows.sums
-    del scores
-    run = Affine(v, **found.forward(), cu_seqlens=cu_seqlens)
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
-    run.run(run.states(S, last), out, u=u, states=states, last=last)
+    with side_by_side():
+        chunks = cut(v, cu_seqlens, CHUNK)
+        scores = dplr_scores(q, k, a, b, g, chunks)
+        found, sums = prepare_dplr(scores, chunks), scores.rows.sums
+        del scores
+        run = Affine(v, **found.forward(), cu_seqlens=cu_seqlens)
+        run.run(run.states(S, last), out, u=u, states=states, last=last)
     return clear_padding(out, cu_seqlens), found, sums
 
 
@@ -107,16 +109,17 @@ def dplr_rule_triton_backward(
     ak: Tensor, q_since: Tensor, a_since: Tensor, k_until: Tensor, b_until: Tensor, whole: Tensor, sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, a, b, g, S; S's empty where there is none. From u on: as forward kept them."""
-    chunks = cut(v, cu_seqlens, CHUNK)
-    found = DplrChunks(T, qk, qb, ak, q_since, a_since, k_until, b_until, whole)
-    back = Affine(do, **found.backward(), cu_seqlens=cu_seqlens, reverse=True)
-    e, dv, dS0 = torch.empty_like(u), torch.empty_like(u), new_state(S, v)
-    d_states = chunk_states(do, q.shape[3], cu_seqlens)
-    first = None if S is None else dS0
-    back.run(back.states(dS, first), dv, u=e, states=d_states, last=first)
-    del found, back
+    with side_by_side():
+        chunks = cut(v, cu_seqlens, CHUNK)
+        found = DplrChunks(T, qk, qb, ak, q_since, a_since, k_until, b_until, whole)
+        back = Affine(do, **found.backward(), cu_seqlens=cu_seqlens, reverse=True)
+        e, dv, dS0 = torch.empty_like(u), torch.empty_like(u), new_state(S, v)
+        d_states = chunk_states(do, q.shape[3], cu_seqlens)
+        first = None if S is None else dS0
+        back.run(back.states(dS, first), dv, u=e, states=d_states, last=first)
+        del found, back
 
-    dq, dk, da, db, dg = dplr_gradient(q, k, v, a, b, g, sums, whole, do, u, e, states, d_states, chunks)
+        dq, dk, da, db, dg = dplr_gradient(q, k, v, a, b, g, sums, whole, do, u, e, states, d_states, chunks)
     for x in (dq, dk, dv, da, db, dg):
         clear_padding(x, cu_seqlens)
     return dq, dk, dv, da, db, dg, dS0

@@ -5,17 +5,17 @@ and whether an integer is 1. Asking all this costs a launch of 50 arguments 28 u
 run; a key made by one line of Python and the compiled kernel launched by itself cost 15.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from subquad.kernels.backend import INTERPRETED
-
-Variants = Sequence[tuple[tuple[int, ...], dict[str, Any]]]  # grids; constants and options
 
 
 def cdiv(x: int, size: int) -> int:
@@ -41,6 +41,24 @@ def kernel(function: Callable[..., None] | None = None, *, do_not_specialize: Se
     return jitted if INTERPRETED or torch.version.hip else Kernel(jitted)
 
 
+class Launch(NamedTuple):
+    kernel: "Kernel"
+    key: tuple
+    index: Any  # of the device
+    arguments: Sequence[Any]
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+
+
+class _Waiting(threading.local):
+    """Launches of this thread that wait for a compilation; None where they need not."""
+
+    launches: list[Launch] | None = None
+
+
+_waiting = _Waiting()
+
+
 class Kernel:
     """A compiled kernel for each key of arguments."""
 
@@ -51,49 +69,62 @@ class Kernel:
         self.compiled: dict[tuple, tuple[Any, list[Any]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments, **options: self.launch(arguments, ((grid, options),))
+        return partial(self.launch, grid)
 
-    def launch(self, arguments: Sequence[Any], variants: Variants) -> None:
-        """Once with each of these grids, constants and options; what is new of several is compiled side by side."""
+    def launch(self, grid: tuple[int, ...], /, *arguments: Any, **options: Any) -> None:
         index = arguments[0].device.index
-        if index == torch.cuda.current_device():
-            return self._launch(index, arguments, variants)
-        with torch.cuda.device(index):
-            self._launch(index, arguments, variants)
-
-    def _launch(self, index: Any, arguments: Sequence[Any], variants: Variants) -> None:
         if self.key is None:
             self.key = specialization(self.jitted, arguments)
-        shared = self.key(*arguments)
-        keys = [(index, shared, *options, *options.values()) for _, options in variants]
-        if len(variants) > 1:
-            missing = [variant for key, variant in zip(keys, variants, strict=True) if key not in self.compiled]
-            self._compile(index, arguments, missing)
-        for key, (grid, options) in zip(keys, variants, strict=True):
-            found = self.compiled.get(key)
-            if found is None:
-                made = self.jitted[grid](*arguments, **options)
-                self.compiled[key] = made, [options[name] for name in self.constants]
-            else:
-                made, constants = found
-                made[*grid, *(1, 1)[: 3 - len(grid)]](*arguments, *constants)
+        key = (index, self.key(*arguments), *options, *options.values())
+        found = self.compiled.get(key)
+        if _waiting.launches is not None and (found is None or _waiting.launches):
+            _waiting.launches.append(Launch(self, key, index, arguments, grid, options))
+        elif index == torch.cuda.current_device():
+            self._run(found, key, grid, arguments, options)
+        else:
+            with torch.cuda.device(index):
+                self._run(found, key, grid, arguments, options)
 
-    def _compile(self, index: Any, arguments: Sequence[Any], missing: Variants) -> None:
-        def warm(variant: tuple[tuple[int, ...], dict[str, Any]]) -> None:
-            with torch.cuda.device(index):  # a new thread begins with the first
-                self.jitted.warmup(*arguments, grid=variant[0], **variant[1])
+    def _run(self, found: Any, key: tuple, grid: tuple[int, ...], arguments: Any, options: dict[str, Any]) -> None:
+        if found is None:
+            made = self.jitted[grid](*arguments, **options)
+            self.compiled[key] = made, [options[name] for name in self.constants]
+        else:
+            made, constants = found
+            made[*grid, *(1, 1)[: 3 - len(grid)]](*arguments, *constants)
 
-        if missing:
-            with ThreadPoolExecutor(len(missing)) as pool:
-                list(pool.map(warm, missing))
+    def compile(self, launch: Launch) -> None:
+        with torch.cuda.device(launch.index):  # a new thread begins with the first
+            self.jitted.warmup(*launch.arguments, grid=launch.grid, **launch.options)
 
 
-def launch_each(kernel: Any, arguments: Sequence[Any], variants: Variants) -> None:
-    """Launch the kernel once with each of these grids, constants and options, compiled side by side where it is new."""
-    if isinstance(kernel, Kernel):
-        return kernel.launch(arguments, variants)
-    for grid, options in variants:
-        kernel[grid](*arguments, **options)
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Kernels launched inside compile side by side: from the first on that is new, they wait until the end, or until
+    `settle` is called, which has to be before anything but a kernel reads what one of them writes."""
+    if _waiting.launches is not None:
+        yield
+        return
+    _waiting.launches = []
+    try:
+        yield
+        settle()
+    finally:
+        _waiting.launches = None
+
+
+def settle() -> None:
+    """Compile what waits, and launch it in order."""
+    launches, _waiting.launches = _waiting.launches, None
+    if launches is None:
+        return
+    new = {(id(launch.kernel), launch.key): launch for launch in launches if launch.key not in launch.kernel.compiled}
+    if len(new) > 1:
+        with ThreadPoolExecutor(len(new)) as pool:
+            list(pool.map(lambda launch: launch.kernel.compile(launch), new.values()))
+    for launch in launches:
+        launch.kernel.launch(launch.grid, *launch.arguments, **launch.options)
+    _waiting.launches = []
 
 
 def specialization(jitted: Any, arguments: Sequence[Any]) -> Callable[..., tuple]:

@@ -29,11 +29,11 @@ class DeltaChunks(NamedTuple):
     R: Tensor  # [B, T, heads, K]: keys as readers, decayed since the chunk's start
     F: Tensor  # [B, T, heads, K]: keys as writers, decayed to its end
     E: Tensor | None  # [B, T, heads, K]: readers decayed since the chunk's start; None if not asked for
-    strength: Tensor  # beta
     removal: Tensor  # -beta, and R's decay
-    since: Tensor | None
-    until: Tensor | None
     whole: Tensor | None  # float32 [n, H, K], [n, H] for a scalar decay
+    strength: Tensor | None = None  # beta; not for the way back
+    since: Tensor | None = None
+    until: Tensor | None = None
 
     def forward(self) -> dict[str, Tensor | None]:
         """As `Affine` takes them, of v."""
@@ -42,12 +42,12 @@ class DeltaChunks(NamedTuple):
             "R_gain": self.removal, "Q_gain": self.since, "F_gain": self.until, "whole": self.whole,
         }  # fmt: skip
 
-
-def backward(
-    T: Tensor, P: Tensor, R: Tensor, F: Tensor, E: Tensor, removal: Tensor, until: Tensor | None, whole: Tensor | None
-) -> dict[str, Tensor | None]:
-    """As a reversed `Affine` takes them, of do; u is e there."""
-    return {"T": T, "X": P, "E": E, "R": F, "R_gain": until, "F": R, "F_gain": removal, "whole": whole}
+    def backward(self) -> dict[str, Tensor | None]:
+        """As a reversed `Affine` takes them, of do; u is e there."""
+        return {
+            "T": self.T, "X": self.P, "E": self.E, "R": self.F, "F": self.R, "R_gain": self.until,
+            "F_gain": self.removal, "whole": self.whole,
+        }  # fmt: skip
 
 
 def delta_scores(q: Tensor, k: Tensor, g: Tensor, chunks: Segments) -> Scores:
@@ -56,10 +56,10 @@ def delta_scores(q: Tensor, k: Tensor, g: Tensor, chunks: Segments) -> Scores:
 
 
 def prepare_delta(
-    q: Tensor, k: Tensor, beta: Tensor, g: Tensor | Scores | None, chunks: Segments, *, keep: bool = False
+    q: Tensor, k: Tensor, beta: Tensor, g: Tensor | Scores | None, chunks: Segments, *, back: bool = False
 ) -> DeltaChunks:
     """q, k: [B, T, heads, K], whose heads divide H; beta: [B, T, H]; g: None, a decay [B, T, H] in float32, or
-    `delta_scores` of one for every channel; chunks = cut(q, cu_seqlens, CHUNK); `keep` asks for E.
+    `delta_scores` of one for every channel; chunks = cut(q, cu_seqlens, CHUNK); `back` asks for E.
 
     Rows that belong to no sequence stay unwritten.
     """
@@ -72,13 +72,13 @@ def prepare_delta(
     if gate == 2:
         q, k, until, _, grown, _, whole, sums = g.rows
         pairs = g.pairs
-        found = DeltaChunks(T, P, q, k, until, q, strength, removal, None, None, whole)
+        found = DeltaChunks(T, P, q, k, until, q, removal, whole, strength)
     elif gate == 1:
-        decayed = row_tensor(q, H, K) if keep else None
+        decayed = row_tensor(q, H, K) if back else None
         whole = factors().new_empty(n, H)
-        found = DeltaChunks(T, P, q, k, k, decayed, strength, removal, factors(), factors(), whole)
+        found = DeltaChunks(T, P, q, k, k, decayed, removal, whole, strength, factors(), factors())
     else:
-        found = DeltaChunks(T, P, q, k, k, q, strength, removal, None, None, None)
+        found = DeltaChunks(T, P, q, k, k, q, removal, None, strength)
     if n * H:
         prepare_delta_kernel[(n * H,)](
             *shared(q, H), *shared(k, H), beta, *beta.stride(), *((g, *g.stride()) if gate == 1 else (None, 0, 0, 0)),

@@ -6,6 +6,7 @@ from torch import Tensor
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.affine import Affine
 from subquad.kernels.triton.chunk_gradient import linear_gradient
+from subquad.kernels.triton.launch import side_by_side
 from subquad.kernels.triton.prepare_linear import new_linear_chunks, prepare_linear
 from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, sum_heads
@@ -60,10 +61,11 @@ def _nothing(v):
 
 
 def _forward(q, k, v, g, S, bonus, cu_seqlens, exclusive, last, states=None):
-    prepared = prepare_linear(q, k, g, cut(v, cu_seqlens, CHUNK), exclusive=exclusive, bonus=bonus)
-    run = Affine(v, Q=prepared.q_s, P=prepared.P, E=prepared.k_e, whole=prepared.whole, cu_seqlens=cu_seqlens)
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), None if S is None else last
-    run.run(run.states(S, last), out, states=states, last=last)
+    with side_by_side():
+        prepared = prepare_linear(q, k, g, cut(v, cu_seqlens, CHUNK), exclusive=exclusive, bonus=bonus)
+        run = Affine(v, Q=prepared.q_s, P=prepared.P, E=prepared.k_e, whole=prepared.whole, cu_seqlens=cu_seqlens)
+        run.run(run.states(S, last), out, states=states, last=last)
     return clear_padding(out, cu_seqlens), prepared
 
 
@@ -74,16 +76,17 @@ def vector_decay_backward(
     sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, g, S, bonus; empty where there is none. From `states` on: as forward kept them."""
-    chunks = cut(v, cu_seqlens, CHUNK)
-    back = Affine(do, Q=k_e, P=P, E=q_s, whole=whole, cu_seqlens=cu_seqlens, reverse=True)
-    dv, d_states, dS0 = torch.empty_like(v), chunk_states(do, q.shape[3], cu_seqlens), new_state(S, v)
-    first = None if S is None else dS0
-    back.run(back.states(dS, first), dv, states=d_states, last=first)
-    del back
+    with side_by_side():
+        chunks = cut(v, cu_seqlens, CHUNK)
+        back = Affine(do, Q=k_e, P=P, E=q_s, whole=whole, cu_seqlens=cu_seqlens, reverse=True)
+        dv, d_states, dS0 = torch.empty_like(v), chunk_states(do, q.shape[3], cu_seqlens), new_state(S, v)
+        first = None if S is None else dS0
+        back.run(back.states(dS, first), dv, states=d_states, last=first)
+        del back
 
-    dq, dk, dg, dbonus = linear_gradient(
-        q, k, v, g, sums, whole, do, states, d_states, chunks, exclusive=exclusive, bonus=bonus
-    )  # fmt: skip
+        dq, dk, dg, dbonus = linear_gradient(
+            q, k, v, g, sums, whole, do, states, d_states, chunks, exclusive=exclusive, bonus=bonus
+        )  # fmt: skip
     for x in (dq, dk, dv, dg):
         clear_padding(x, cu_seqlens)
     G = q.shape[2]

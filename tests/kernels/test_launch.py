@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from subquad.kernels.triton.launch import Kernel, launch_each, specialization  # noqa: E402
+from subquad.kernels.triton.launch import Kernel, settle, side_by_side, specialization  # noqa: E402
 
 
 def _add(x, x_t, T, y, scale, WIDTH, BLOCK=1):
@@ -92,18 +92,57 @@ def test_a_known_key_launches_its_kernel(jitted, monkeypatch):
     assert len(jitted.calls) == 4 and len(launches) == 1
 
 
-def test_variants_compile_side_by_side_and_launch_in_order(jitted, monkeypatch):
+@pytest.fixture
+def anywhere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+
+
+def launches_of(monkeypatch):
     monkeypatch.setattr(Compiled, "launches", launches := [])
+    return launches
+
+
+def test_what_is_new_compiles_side_by_side_and_launches_in_order(jitted, anywhere, monkeypatch):
+    launches = launches_of(monkeypatch)
     both = Barrier(2, timeout=60)
     jitted.warmup = lambda *given, grid, **options: both.wait()  # passes when two are there
     launched = Kernel(jitted)
-    variants = [((1,), {"WIDTH": 8, "BLOCK": 4}), ((3,), {"WIDTH": 4, "BLOCK": 4})]
+    widths = [4, 8, 16, 8]
+    launched[(1,)](tensor(0), 64, 1, None, 1, WIDTH=4, BLOCK=4)
     for _ in range(2):
-        launch_each(launched, (tensor(0), 64, 1, None, 1), variants)
-    assert jitted.calls == [options for _, options in variants]
-    assert [(number, grid) for number, grid, _ in launches] == [(0, (1, 1, 1)), (1, (3, 1, 1))]
+        with side_by_side():
+            for i, width in enumerate(widths):
+                launched[(1 + i,)](tensor(0), 64, 1, None, 1, WIDTH=width, BLOCK=4)
+    assert [options["WIDTH"] for options in jitted.calls] == [4, 8, 16]
+    # Triton's own launch is the first of each.
+    assert [grid[0] for _, grid, _ in launches] == [1, 4, 1, 2, 3, 4]
+
+
+def test_what_waits_is_launched_before_it_is_read(jitted, anywhere, monkeypatch):
+    launches_of(monkeypatch)
+    jitted.warmup = lambda *given, grid, **options: None
+    launched = Kernel(jitted)
+    settle()  # nothing waits
+    with side_by_side():
+        with side_by_side():
+            launched[(1,)](tensor(0), 64, 1, None, 1, WIDTH=8, BLOCK=4)
+        assert not jitted.calls
+        settle()
+        assert len(jitted.calls) == 1
+        launched[(1,)](tensor(0), 64, 1, None, 1, WIDTH=4, BLOCK=4)
+        assert len(jitted.calls) == 1
+    assert len(jitted.calls) == 2
+
+
+def test_a_failure_leaves_nothing_waiting(jitted, anywhere, monkeypatch):
+    launches_of(monkeypatch)
+    launched = Kernel(jitted)
+    with pytest.raises(KeyError), side_by_side():
+        launched[(1,)](tensor(0), 64, 1, None, 1, WIDTH=8, BLOCK=4)
+        raise KeyError
+    launched[(1,)](tensor(0), 64, 1, None, 1, WIDTH=4, BLOCK=4)
+    assert [options["WIDTH"] for options in jitted.calls] == [4]
 
 
 def test_kernels_run_where_their_tensors_are(jitted, monkeypatch):

@@ -144,18 +144,18 @@ def test_linear(layout, K, G, exclusive, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize(
     ("gate", "kind"), [(None, "mild"), *[(g, kind) for g in ("scalar", "vector") for kind in GATES]]
 )
 @pytest.mark.parametrize(("layout", "K", "G"), [("packed", 24, 1), ("short", 16, 2), ("short", 80, 2)])
-def test_delta(layout, K, G, gate, kind, keep, dtype):
+def test_delta(layout, K, G, gate, kind, back, dtype):
     H = 2
     x, chunks, spots = inputs(layout, K, ["q", "k"], {"q": G, "k": G}, gate=gate, kind=kind, dtype=dtype)
     k = x["k"] = torch.nn.functional.normalize(x["k"].float(), dim=-1).to(dtype)
     beta = (1.99 * torch.rand(*k.shape[:2], H)).to(DEVICE, dtype)
     g = delta_scores(x["q"], k, x["g"], chunks) if gate == "vector" else x.get("g")
-    found = prepare_delta(x["q"], k, beta, g, chunks, keep=keep)
+    found = prepare_delta(x["q"], k, beta, g, chunks, back=back)
 
     def oracle(at, h):
         q, k = (head(chunk_of(x[name], at, h), h, H) for name in "qk")
@@ -171,7 +171,7 @@ def test_delta(layout, K, G, gate, kind, keep, dtype):
         return {"T": T, "P": scores(q, k, D), "E": q * since, "whole": whole, **rows, **factors}
 
     compare(found, oracle, spots, H, dtype)
-    assert (found.E is not None) == (keep or gate != "scalar")
+    assert (found.E is not None) == (back or gate != "scalar")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
