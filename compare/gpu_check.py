@@ -241,8 +241,7 @@ def _uses(case: Case, kernel: str, entry: configs.Entry, size: int) -> bool:
     if kernel not in case.kernels:
         return False
     asked = {"V": entry.widths["K"], **entry.widths, **case.kernels[kernel], "size": size}
-    both = ({**asked, "levels": levels} for levels in (0, 1))  # the two launches of pair scores
-    return any(configs.chosen(kernel, entry.capability, widths) is entry.values for widths in both)
+    return configs.chosen(kernel, entry.capability, asked) is entry.values
 
 
 def _asks_less(asked: Mapping[str, int], entry: configs.Entry) -> bool:
@@ -310,7 +309,7 @@ def speeds(ops: Iterable[str], device: str) -> Table:
             example = case.example(TIMED, torch.bfloat16, place)
             tensors = trainable(example.inputs, case.constants)
             with backend("triton"):
-                figures, out = measure(lambda x, e=example: e._replace(inputs=x).call()[0], tensors)
+                figures, out = measure(lambda x, e=example: e._replace(inputs=x).call()[0], tensors, rounds=1)
         except torch.OutOfMemoryError:
             table.add_row(case.name, "not enough GPU memory")
             continue

@@ -52,8 +52,11 @@ def trainable(tensors: Tensors, constants: tuple[str, ...] = ()) -> dict[str, Te
     return {name: x.detach().requires_grad_(name not in constants) for name, x in tensors.items()}
 
 
-def measure(call: Callable[[Tensors], Tensor], tensors: Tensors) -> tuple[Figures, Tensor]:
-    """What `call(tensors)` costs forward and with its gradients, and its output; the first run is timed apart."""
+def measure(call: Callable[[Tensors], Tensor], tensors: Tensors, rounds: int = 3) -> tuple[Figures, Tensor]:
+    """What `call(tensors)` costs forward and with its gradients, and its output; the first run is timed apart.
+
+    The least of as many medians as `rounds`: what else the host does can only make a call take longer.
+    """
     leaves = [x for x in tensors.values() if x.requires_grad]
 
     def forward() -> Tensor:
@@ -78,6 +81,5 @@ def measure(call: Callable[[Tensors], Tensor], tensors: Tensors) -> tuple[Figure
     train()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    # What else the host does can only make a call take longer.
-    times = [(milliseconds(forward), milliseconds(train)) for _ in range(3)]
+    times = [(milliseconds(forward), milliseconds(train)) for _ in range(rounds)]
     return Figures(*map(min, zip(*times, strict=True)), peak, first), out
