@@ -2,8 +2,8 @@
 
 A token's decay since another one is the exponential of a difference of sums. In float32 such a difference loses what
 the sums are large by: over gates that mix -0.01 and -1e4 it is off by 4e-4. So the sums are integers here, in units of
-2^-20 powers of two, and the exponential of a difference is right to 7e-7. A gate below -31 powers of two counts as -31,
-a decay of 5e-10, so that the sum over a chunk fits 32 bits.
+2^-20 powers of two, and the exponential of a difference is right to 7e-7, and to what float32 gates lose as powers of
+two. A gate below -31 powers of two counts as -31, a decay of 5e-10, so that the sum over a chunk fits 32 bits.
 """
 
 import triton

@@ -5,9 +5,9 @@
 
 As in `pair_scores` each token is a reader or a writer on a level, so the symmetric matrix of all y . x times one tile
 of both gives the gradients of the readers that meet writers there, and of those writers. Lines are the tokens of the
-first reader and writer, and then those of the second, where there is one. A program takes some columns of K. As in
-`pair_scores` one launch (SINGLE) does the chunks where two products serve all, readers decayed since the chunk's start
-and writers back to it, and another the rest.
+first reader and writer, and then those of the second, where there is one. A program takes some columns of K. One launch
+(SINGLE) does the chunks where two products serve all, of readers decayed since the chunk's start and writers grown back
+to it (see `decayed_rows`), and another looks for the rest.
 """
 
 import triton

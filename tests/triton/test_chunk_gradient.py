@@ -245,6 +245,11 @@ def test_lengths(rule, T):
     p.check(found)
 
 
+def test_more_chunks_than_the_program_looks_at_at_once():
+    p, found = linear(B=9, T=3, H=2, K=16, V=16, gates="vector", make_gates=mixed)
+    p.check(found)
+
+
 def test_no_tokens():
     def none(*shape):
         return torch.empty(2, 0, 3, *shape, device=DEVICE)

@@ -18,6 +18,7 @@ LAYOUTS = {
     "ragged": (2, 71, None),
     "short": (2, 7, None),
     "packed": (1, 80, [0, 0, 70, 70, 75]),
+    "many": (9, 3, None),
 }
 GATES = ["mild", "extreme"]
 KINDS = [(None, "mild"), *[(gate, kind) for gate in ("scalar", "vector") for kind in GATES]]
@@ -141,6 +142,21 @@ def test_linear(layout, K, G, exclusive, kind, dtype):
         return {"P": P, "q_s": q * since, "k_e": k * until, "whole": whole}
 
     compare(found, oracle, spots, H, dtype)
+
+
+def test_more_chunks_than_a_program_looks_at_at_once(monkeypatch):
+    monkeypatch.setattr("subquad.kernels.triton.pair_scores.LOOKING", 1)
+    test_linear("many", 16, 1, False, "extreme", torch.float32)
+
+
+def test_a_nan_among_the_gates_is_passed_on():
+    x, chunks, _ = inputs("ragged", 16, ["q", "k"], {}, gate="vector")
+    x["g"][1, 3, 0, 5] = torch.nan
+    found = prepare_linear(x["q"], x["k"], x["g"], chunks)
+    of_chunk = torch.zeros(2, 71, 2, 16, dtype=torch.bool)
+    of_chunk[1, :CHUNK, 0, 5] = True
+    assert (found.q_s.isnan().cpu() == of_chunk).all()
+    assert found.whole.isnan().nonzero().tolist() == [[2, 0, 5]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
