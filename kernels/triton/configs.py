@@ -22,7 +22,7 @@ Values = dict[str, int]
 
 
 class Entry(NamedTuple):
-    """Values measured to be good for these widths, on GPUs of this compute capability; `maxnreg` may be among them."""
+    """Values measured to be good for these widths, on GPUs of this compute capability."""
 
     capability: tuple[int, int]
     widths: Values
@@ -38,6 +38,7 @@ class Kernel(NamedTuple):
 
 
 H200 = (9, 0)
+OPTIONAL = {"maxnreg"}  # among the values of an entry
 
 _PREPARE = Kernel(
     default={"BLOCK_K": 64, "num_warps": 4, "num_stages": 1},
@@ -171,7 +172,7 @@ def table() -> dict[str, Kernel]:
     merged = dict(SHIPPED)
     for name, entries in read(path()).items():
         if name in merged:  # a table written by another version of subquad may know other kernels
-            mine = [entry for entry in entries if set(entry.values) >= set(merged[name].default)]
+            mine = [entry for entry in entries if set(entry.values) - OPTIONAL == set(merged[name].default)]
             keys = {(entry.capability, *sorted(entry.widths.items())) for entry in mine}
             rest = [e for e in merged[name].entries if (e.capability, *sorted(e.widths.items())) not in keys]
             merged[name] = merged[name]._replace(entries=(*mine, *rest))

@@ -89,10 +89,13 @@ def test_the_users_table_wins():
     assert [chosen(K=width, V=width) for width in (16, 32, 33, 64, 128)] == [10, 10, 9, 9, 2]
 
 
-def test_an_entry_with_other_values_than_the_kernel_takes_is_left_out():
-    configs.path().write_text(configs.text({"some": [Entry(HERE, {"K": 64, "V": 64}, {"BLOCK_OLD": 3})]}))
+@pytest.mark.parametrize(
+    ("values", "mark"), [({"BLOCK_OLD": 3}, 1), ({"BLOCK": 3, "OLD": 3}, 1), ({"BLOCK": 3, "maxnreg": 168}, 3)]
+)
+def test_an_entry_with_other_values_than_the_kernel_takes_is_left_out(values, mark):
+    configs.path().write_text(configs.text({"some": [Entry(HERE, {"K": 64, "V": 64}, values)]}))
     configs.forget()
-    assert chosen(K=64, V=64) == 1
+    assert chosen(K=64, V=64) == mark
 
 
 def test_the_text_of_a_table_reads_back():
@@ -129,6 +132,6 @@ def test_the_shipped_table_is_consistent(monkeypatch):
     for name, kernel in configs.SHIPPED.items():
         assert set(kernel.candidates) == set(kernel.default), name
         for found in kernel.entries:
-            assert set(found.values) - {"maxnreg"} == set(kernel.default), name
+            assert set(found.values) - configs.OPTIONAL == set(kernel.default), name
             assert all(found.values[key] in kernel.candidates[key] for key in kernel.default), name
         json.dumps(kernel.entries)

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from subquad.kernels.triton.chunk_gradient import delta_gradient, dplr_gradient, linear_gradient
 from subquad.kernels.triton.configs import forced
@@ -248,6 +249,16 @@ def test_lengths(rule, T):
 def test_more_chunks_than_the_program_looks_at_at_once():
     p, found = linear(B=9, T=3, H=2, K=16, V=16, gates="vector", make_gates=mixed)
     p.check(found)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_what_waits_is_launched_before_its_parts_are_summed(gates, monkeypatch):
+    p = Problem(delta_step, ["q", "k"], B=1, T=3, H=1, K=16, V=16, gates=gates)
+    (q, k, v, beta), found, order, total = (p.x[name] for name in ("q", "k", "v", "beta")), gates_of(p), [], Tensor.sum
+    monkeypatch.setattr("subquad.kernels.triton.chunk_gradient.settle", lambda: order.append("launched"))
+    monkeypatch.setattr(Tensor, "sum", lambda *given: order.append("summed") or total(*given))
+    delta_gradient(q, k, v, beta, p.x.get("g"), *found, p.do, p.u, p.e, p.S, p.dS, p.chunks)
+    assert order[:2] == ["launched", "summed"]
 
 
 def test_no_tokens():
