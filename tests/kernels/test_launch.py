@@ -108,15 +108,20 @@ def test_what_is_new_compiles_side_by_side_and_launches_in_order(jitted, anywher
     both = Barrier(2, timeout=60)
     jitted.warmup = lambda *given, grid, **options: both.wait()  # passes when two are there
     launched = Kernel(jitted)
-    widths = [4, 8, 16, 8]
-    launched[(1,)](tensor(0), 64, 1, None, 1, WIDTH=4, BLOCK=4)
+    triton_run = jitted.run
+
+    def run(*given, grid, warmup, **options):  # Triton's own launch is the first of each
+        launches.append((None, grid, ()))
+        return triton_run(*given, grid=grid, warmup=warmup, **options)
+
+    jitted.run = run
+    launched[(9,)](tensor(0), 64, 1, None, 1, WIDTH=4, BLOCK=4)
     for _ in range(2):
         with side_by_side():
-            for i, width in enumerate(widths):
-                launched[(1 + i,)](tensor(0), 64, 1, None, 1, WIDTH=width, BLOCK=4)
+            for i, width in enumerate([4, 8, 4, 16, 8]):
+                launched[(i,)](tensor(0), 64, 1, None, 1, WIDTH=width, BLOCK=4)
     assert [options["WIDTH"] for options in jitted.calls] == [4, 8, 16]
-    # Triton's own launch is the first of each.
-    assert [grid[0] for _, grid, _ in launches] == [1, 4, 1, 2, 3, 4]
+    assert [grid[0] for _, grid, _ in launches] == [9, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
 
 
 def test_what_waits_is_launched_before_it_is_read(jitted, anywhere, monkeypatch):

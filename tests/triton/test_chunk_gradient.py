@@ -247,7 +247,7 @@ def test_lengths(rule, T):
 
 
 def test_more_chunks_than_the_program_looks_at_at_once():
-    p, found = linear(B=9, T=3, H=2, K=16, V=16, gates="vector", make_gates=mixed)
+    p, found = linear(B=9, T=12, H=2, K=16, V=16, gates="vector", make_gates=mixed)
     p.check(found)
 
 

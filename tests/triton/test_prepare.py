@@ -1,5 +1,6 @@
 """The prepared chunks against their formulas, written plainly in float64, loop by loop."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -18,7 +19,7 @@ LAYOUTS = {
     "ragged": (2, 71, None),
     "short": (2, 7, None),
     "packed": (1, 80, [0, 0, 70, 70, 75]),
-    "many": (9, 3, None),
+    "many": (9, 12, None),
 }
 GATES = ["mild", "extreme"]
 KINDS = [(None, "mild"), *[(gate, kind) for gate in ("scalar", "vector") for kind in GATES]]
@@ -147,6 +148,16 @@ def test_linear(layout, K, G, exclusive, kind, dtype):
 def test_more_chunks_than_a_program_looks_at_at_once(monkeypatch):
     monkeypatch.setattr("subquad.kernels.triton.pair_scores.LOOKING", 1)
     test_linear("many", 16, 1, False, "extreme", torch.float32)
+
+
+def test_sums_lose_nothing_on_the_way():
+    """To half a unit, and to what a float32 gate loses as a power of two."""
+    x, chunks, spots = inputs("ragged", 16, ["q", "k"], {}, gate="vector")
+    found = delta_scores(x["q"], x["k"], x["g"], chunks).rows.sums.cpu()
+    for n, (b, first, end) in enumerate(spots):
+        bits = x["g"][b, first:end].double().cpu().cumsum(0).transpose(0, 1) / math.log(2)
+        off = (found[n, :, : end - first] * 2.0**-20 - bits).abs()
+        assert (off <= 0.5 * 2.0**-20 + 2.0**-23 * bits.abs()).all()
 
 
 def test_a_nan_among_the_gates_is_passed_on():
