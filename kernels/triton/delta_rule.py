@@ -9,10 +9,19 @@ from subquad.kernels.triton.affine import Affine
 from subquad.kernels.triton.chunk_gradient import delta_gradient
 from subquad.kernels.triton.decayed_rows import new_decayed_rows
 from subquad.kernels.triton.launch import side_by_side
+from subquad.kernels.triton.prepare import chunk_matrices
 from subquad.kernels.triton.prepare_delta import DeltaChunks, delta_scores, prepare_delta
-from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
+from subquad.kernels.triton.segments import (
+    CHUNK,
+    chunk_states,
+    clear_padding,
+    cut,
+    differentiated,
+    n_chunks,
+    writes_and_states,
+)
 from subquad.kernels.triton.step import few, step
-from subquad.kernels.triton.tiles import accumulating, in_place, new_state, sum_heads
+from subquad.kernels.triton.tiles import accumulating, in_place, new_state, nothing, sum_heads
 
 
 def form(q, k, v, beta, g, S, cu_seqlens):
@@ -60,12 +69,12 @@ def delta_rule_triton(
     Without a decay for every channel they prepare the chunks once more, which costs less than it takes memory.
     """
     last = new_state(S, v)
-    u, states = _writes(q, v, cu_seqlens) if keep else (None, None)
+    u, states = writes_and_states(v, q.shape[3], cu_seqlens) if keep else (None, None)
     out, found, sums = _forward(q, k, v, beta, g, S, cu_seqlens, last, u, states)
     if not keep:
-        return out, last, *_nothing(v, 10)
+        return out, last, *nothing(v, 10)
     if sums is None:
-        return out, last, u, states, *_nothing(v, 8)
+        return out, last, u, states, *nothing(v, 8)
     rows = (found.Q, found.R, found.F)
     return out, last, u, states, found.T, found.P, *rows, found.removal, found.whole, sums
 
@@ -82,28 +91,19 @@ def delta_rule_triton_(
 def _(q, k, v, beta, g, S, cu_seqlens, keep):
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v)
     if not keep:
-        return out, last, *_nothing(v, 10)
-    kept = _writes(q, v, cu_seqlens)
+        return out, last, *nothing(v, 10)
+    kept = writes_and_states(v, q.shape[3], cu_seqlens)
     if g is None or g.dim() == 3:
-        return out, last, *kept, *_nothing(v, 8)
+        return out, last, *kept, *nothing(v, 8)
     H, n = v.shape[2], n_chunks(v, cu_seqlens)
     *rows, _, _, _, whole, sums = new_decayed_rows(q, k, k, None, H, n)
-    matrices = (v.new_empty(n, H, CHUNK, CHUNK) for _ in range(2))
+    matrices = (chunk_matrices(v, n, H) for _ in range(2))
     return out, last, *kept, *matrices, *rows, whole.new_empty(n, H, CHUNK), whole, sums
 
 
 @delta_rule_triton_.register_fake
 def _(q, k, v, beta, g, S, cu_seqlens):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
-
-
-def _nothing(v, count):
-    return tuple(new_state(None, v) for _ in range(count))
-
-
-def _writes(q, v, cu_seqlens):
-    """Room for the writes and for the states before each chunk."""
-    return torch.empty_like(v, memory_format=torch.contiguous_format), chunk_states(v, q.shape[3], cu_seqlens)
 
 
 def _forward(q, k, v, beta, g, S, cu_seqlens, last, u=None, states=None):

@@ -8,10 +8,19 @@ from subquad.kernels.triton.affine import Affine
 from subquad.kernels.triton.chunk_gradient import dplr_gradient
 from subquad.kernels.triton.decayed_rows import new_decayed_rows
 from subquad.kernels.triton.launch import side_by_side
+from subquad.kernels.triton.prepare import chunk_matrices
 from subquad.kernels.triton.prepare_dplr import DplrChunks, dplr_scores, prepare_dplr
-from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
+from subquad.kernels.triton.segments import (
+    CHUNK,
+    chunk_states,
+    clear_padding,
+    cut,
+    differentiated,
+    n_chunks,
+    writes_and_states,
+)
 from subquad.kernels.triton.step import few, step
-from subquad.kernels.triton.tiles import accumulating, in_place, new_state
+from subquad.kernels.triton.tiles import accumulating, in_place, new_state, nothing
 
 
 def form(q, k, v, a, b, g, S, cu_seqlens):
@@ -51,9 +60,9 @@ def dplr_rule_triton(
 ]:  # fmt: skip
     """(out [B, T, H, V], the new state, empty unless one was given; if `keep`, what the gradients need)."""
     last = new_state(S, v)
-    u, states = _writes(q, v, cu_seqlens) if keep else (None, None)
+    u, states = writes_and_states(v, q.shape[3], cu_seqlens) if keep else (None, None)
     out, found, sums = _forward(q, k, v, a, b, g, S, cu_seqlens, last, u, states)
-    return out, last, *((u, states, *found, sums) if keep else _nothing(v))
+    return out, last, *((u, states, *found, sums) if keep else nothing(v, 12))
 
 
 @operator("dplr_rule_triton_", mutates_args=("S",))
@@ -68,25 +77,16 @@ def dplr_rule_triton_(
 def _(q, k, v, a, b, g, S, cu_seqlens, keep):
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v)
     if not keep:
-        return out, last, *_nothing(v)
+        return out, last, *nothing(v, 12)
     H, n = v.shape[2], n_chunks(v, cu_seqlens)
     *rows, _, _, whole, sums = new_decayed_rows(q, a, k, b, H, n)
-    matrices = (v.new_empty(n, H, CHUNK, CHUNK) for _ in range(4))
-    return out, last, *_writes(q, v, cu_seqlens), *matrices, *rows, whole, sums
+    matrices = (chunk_matrices(v, n, H) for _ in range(4))
+    return out, last, *writes_and_states(v, q.shape[3], cu_seqlens), *matrices, *rows, whole, sums
 
 
 @dplr_rule_triton_.register_fake
 def _(q, k, v, a, b, g, S, cu_seqlens):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
-
-
-def _writes(q, v, cu_seqlens):
-    """Room for what a reads and for the states before each chunk."""
-    return torch.empty_like(v, memory_format=torch.contiguous_format), chunk_states(v, q.shape[3], cu_seqlens)
-
-
-def _nothing(v):
-    return tuple(new_state(None, v) for _ in range(12))
 
 
 def _forward(q, k, v, a, b, g, S, cu_seqlens, last, u=None, states=None):

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.kernels.triton.configs import config
-from subquad.kernels.triton.decayed_rows import MILDEST, DecayedRows, decayed_rows, new_decayed_rows
+from subquad.kernels.triton.decayed_rows import MILDEST, DecayedRows, decayed_rows
 from subquad.kernels.triton.fixed_point import boundary, decay_between, load_stacked, load_sums
 from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
@@ -36,15 +36,6 @@ class Scores(NamedTuple):
 
     pairs: Tensor
     rows: DecayedRows
-
-
-def new_scores(
-    r1: Tensor, r2: Tensor | None, w1: Tensor, w2: Tensor | None, H: int, n: int, dtype: torch.dtype
-) -> Scores:
-    """Room for those of n chunks of H heads, the pairs in `dtype`."""
-    readers, writers = 1 + (r2 is not None), 1 + (w2 is not None)
-    pairs = r1.new_empty(n, H, readers * CHUNK, writers * CHUNK, dtype=dtype)
-    return Scores(pairs, new_decayed_rows(r1, r2, w1, w2, H, n))
 
 
 def pair_scores(

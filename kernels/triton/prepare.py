@@ -1,12 +1,11 @@
 """What the chunk-parallel preparations of the delta rules share: matrices of a chunk, and the triangular inverse."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from subquad.kernels.triton.configs import config
-from subquad.kernels.triton.segments import CHUNK, Segments
+from subquad.kernels.triton.segments import CHUNK
 from subquad.kernels.triton.tiles import columns, operand_size, precision
 
 
@@ -56,12 +55,9 @@ def inverse(A, row, PRECISION: tl.constexpr):
     return T
 
 
-def chunk_matrices(like: Tensor, chunks: Segments, H: int) -> Tensor:
-    return torch.empty(chunks.count, H, CHUNK, CHUNK, dtype=like.dtype, device=like.device)
-
-
-def row_tensor(like: Tensor, H: int, K: int) -> Tensor:
-    return torch.empty(*like.shape[:2], H, K, dtype=like.dtype, device=like.device)
+def chunk_matrices(like: Tensor, n: int, H: int) -> Tensor:
+    """Room for a matrix of each of n chunks of H heads."""
+    return like.new_empty(n, H, CHUNK, CHUNK)
 
 
 def launch(kernel: str, like: Tensor, K: int, **widths: int) -> dict[str, object]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.kernels.triton.launch import kernel
 from subquad.kernels.triton.pair_scores import Scores, gentle, pair_scores, strong
-from subquad.kernels.triton.prepare import chunk_matrices, inverse, launch, load_matrix, row_tensor, store_matrix
+from subquad.kernels.triton.prepare import chunk_matrices, inverse, launch, load_matrix, store_matrix
 from subquad.kernels.triton.segments import CHUNK, Segments, segment_bounds
 from subquad.kernels.triton.tiles import cumulated, dot, exp2, load_tile, shared, store_tile
 
@@ -66,7 +66,7 @@ def prepare_delta(
     H, K = beta.shape[2], q.shape[3]
     like, n = q, chunks.count
     factors = partial(torch.empty, n, H, CHUNK, dtype=torch.float32, device=q.device)
-    T, P, strength, removal = chunk_matrices(q, chunks, H), chunk_matrices(q, chunks, H), factors(), factors()
+    T, P, strength, removal = chunk_matrices(q, n, H), chunk_matrices(q, n, H), factors(), factors()
     grown = sums = pairs = decayed = None
     gate = 0 if g is None else 2 if isinstance(g, Scores) else 1
     if gate == 2:
@@ -74,7 +74,7 @@ def prepare_delta(
         pairs = g.pairs
         found = DeltaChunks(T, P, q, k, until, q, removal, whole, strength)
     elif gate == 1:
-        decayed = row_tensor(q, H, K) if back else None
+        decayed = q.new_empty(*q.shape[:2], H, K) if back else None
         whole = factors().new_empty(n, H)
         found = DeltaChunks(T, P, q, k, k, decayed, removal, whole, strength, factors(), factors())
     else:

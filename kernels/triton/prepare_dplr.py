@@ -53,7 +53,7 @@ def prepare_dplr(scores: Scores, chunks: Segments) -> DplrChunks:
     """chunks = cut(q, cu_seqlens, CHUNK). Rows that belong to no sequence stay unwritten."""
     q, a, k, b, k_grown, b_grown, whole, sums = scores.rows
     (_, T, H, K), n = k.shape, chunks.count
-    matrices = [chunk_matrices(k, chunks, H) for _ in range(4)]
+    matrices = [chunk_matrices(k, n, H) for _ in range(4)]
     if n * H:
         prepare_dplr_kernel[(n * H,)](
             q, a, k_grown, b_grown, sums, scores.pairs, *matrices,

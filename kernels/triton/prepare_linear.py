@@ -5,9 +5,10 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
+from subquad.kernels.triton.decayed_rows import new_decayed_rows
 from subquad.kernels.triton.launch import kernel
-from subquad.kernels.triton.pair_scores import Scores, gentle, new_scores, pair_scores, strong
-from subquad.kernels.triton.prepare import launch
+from subquad.kernels.triton.pair_scores import Scores, gentle, pair_scores, strong
+from subquad.kernels.triton.prepare import chunk_matrices, launch
 from subquad.kernels.triton.segments import Segments, segment_bounds
 from subquad.kernels.triton.tiles import dot, load_tile, shared
 
@@ -43,7 +44,7 @@ def prepare_linear(
 
 def new_linear_chunks(q: Tensor, k: Tensor, H: int, n: int) -> LinearChunks:
     """Room for n chunks of H heads."""
-    return _chunks(new_scores(q, None, k, None, H, n, q.dtype))
+    return _chunks(Scores(chunk_matrices(q, n, H), new_decayed_rows(q, None, k, None, H, n)))
 
 
 def _chunks(found: Scores) -> LinearChunks:

@@ -100,6 +100,11 @@ def chunk_states(x: Tensor, K: int, cu_seqlens: Tensor | None) -> Tensor:
     )
 
 
+def writes_and_states(v: Tensor, K: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Room for what a delta rule writes [B, T, H, V], and the same."""
+    return torch.empty_like(v, memory_format=torch.contiguous_format), chunk_states(v, K, cu_seqlens)
+
+
 def differentiated(*tensors: Tensor | None) -> bool:
     """Whether a gradient of any of these may be asked for, so that what it needs is worth keeping."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

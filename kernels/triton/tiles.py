@@ -75,6 +75,11 @@ def new_state(S: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32) if S is None else torch.empty_like(S)
 
 
+def nothing(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    """What an operator returns in place of so many tensors that there are not."""
+    return tuple(new_state(None, like) for _ in range(count))
+
+
 def sum_heads(x: Tensor, G: int) -> Tensor:
     """Gradients [B, T, H, K] of what G heads shared, summed over those that share."""
     return x if x.shape[2] == G else x.unflatten(2, (G, -1)).sum(3)

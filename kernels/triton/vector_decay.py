@@ -9,7 +9,7 @@ from subquad.kernels.triton.chunk_gradient import linear_gradient
 from subquad.kernels.triton.launch import side_by_side
 from subquad.kernels.triton.prepare_linear import new_linear_chunks, prepare_linear
 from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
-from subquad.kernels.triton.tiles import accumulating, in_place, new_state, sum_heads
+from subquad.kernels.triton.tiles import accumulating, in_place, new_state, nothing, sum_heads
 
 
 def vector_decay(q, k, v, g, S, exclusive, bonus, cu_seqlens):
@@ -30,7 +30,7 @@ def vector_decay_chunked(
     `prepare_linear` found)."""
     last, states = new_state(S, v), chunk_states(v, q.shape[3], cu_seqlens) if keep else None
     out, prepared = _forward(q, k, v, g, S, bonus, cu_seqlens, exclusive, last, states)
-    return out, last, *((states, *prepared) if keep else _nothing(v))
+    return out, last, *((states, *prepared) if keep else nothing(v, 6))
 
 
 @operator("vector_decay_triton_", mutates_args=("S",))
@@ -46,7 +46,7 @@ def vector_decay_(
 def _(q, k, v, g, S, bonus, cu_seqlens, exclusive, keep):
     out, last = torch.empty_like(v, memory_format=torch.contiguous_format), new_state(S, v)
     if not keep:
-        return out, last, *_nothing(v)
+        return out, last, *nothing(v, 6)
     prepared = new_linear_chunks(q, k, v.shape[2], n_chunks(v, cu_seqlens))
     return out, last, chunk_states(v, q.shape[3], cu_seqlens), *prepared
 
@@ -54,10 +54,6 @@ def _(q, k, v, g, S, bonus, cu_seqlens, exclusive, keep):
 @vector_decay_.register_fake
 def _(q, k, v, g, S, bonus, cu_seqlens, exclusive):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
-
-
-def _nothing(v):
-    return tuple(new_state(None, v) for _ in range(6))
 
 
 def _forward(q, k, v, g, S, bonus, cu_seqlens, exclusive, last, states=None):
