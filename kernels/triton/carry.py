@@ -64,14 +64,27 @@ def carry_pass(
     table, T, segment, per_sequence, packed, carried, emit, n_rows, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, EXCLUSIVE: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    KEY_MORE: tl.constexpr, VALUE_MORE: tl.constexpr, FETCH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_MORE: tl.constexpr, VALUE_MORE: tl.constexpr, ALIKE: tl.constexpr, FETCH: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """ALIKE: rows of readers, writers, values, partners and those written out are as far apart."""
     N_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
     block = program % N_BLOCKS
     h = (program // N_BLOCKS) % H
     n = program // (N_BLOCKS * H)
     b, start, end, _chunk = segment_bounds(table, n, T, segment, per_sequence, packed)
+    o_t = H * V
+    if ALIKE:  # one set of offsets in registers instead of five
+        w_t = r_t
+        x_t = r_t
+        p_t = r_t
+        o_t = r_t
+    r += b * r_b + (h // r_share) * r_h
+    w += b * w_b + (h // w_share) * w_h
+    x += b * x_b + (h // x_share) * x_h
+    if term is not None:
+        p += b * p_b + (h // p_share) * p_h
     row = tl.arange(0, C)
     key = tl.arange(0, BLOCK_K)
     col = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -100,13 +113,13 @@ def carry_pass(
         if FETCH and term is None:
             following = tl.maximum(n_chunks - 2 - i, 0) if REVERSE else tl.minimum(i + 1, n_chunks - 1)
             token = tl.minimum(start + following * C + row, end - 1)
-            fetch(w + b * w_b + (h // w_share) * w_h, w_t, token, 0, BLOCK_K, K)
-            fetch(x + b * x_b + (h // x_share) * x_h, x_t, token, block * BLOCK_V, BLOCK_V, V)
+            fetch(w, w_t, token, 0, BLOCK_K, K)
+            fetch(x, x_t, token, block * BLOCK_V, BLOCK_V, V)
             if o is not None:
-                fetch(r + b * r_b + (h // r_share) * r_h, r_t, token, 0, BLOCK_K, K)
+                fetch(r, r_t, token, 0, BLOCK_K, K)
 
-        writers = load_tile(w + b * w_b + at * w_t + (h // w_share) * w_h, w_t, row, key, inside, K)
-        values = load_tile(x + b * x_b + at * x_t + (h // x_share) * x_h, x_t, row, col, inside, V)
+        writers = load_tile(w + at * w_t, w_t, row, key, inside, K)
+        values = load_tile(x + at * x_t, x_t, row, col, inside, V)
         if DECAY:
             final = tl.minimum(first + C, end) - 1  # rows past the end see its gate, so no difference turns positive
             k_high, k_low, since, until = gate_columns(gate_row, tl.minimum(first + row, final), C)
@@ -123,7 +136,7 @@ def carry_pass(
                 decayed += tl.load(gate_row + 4 * final)
 
         if o is not None:
-            readers = load_tile(r + b * r_b + at * r_t + (h // r_share) * r_h, r_t, row, key, inside, K)
+            readers = load_tile(r + at * r_t, r_t, row, key, inside, K)
             scores = dot(readers, tl.trans(writers), DOT, PRECISION)
             read = dot(readers, S, DOT, PRECISION)
             if KEY_MORE:
@@ -145,14 +158,14 @@ def carry_pass(
                 gap = scores
             scores *= pair_weights(gap, row, DECAY, EXCLUSIVE, REVERSE)
             out = read + dot(scores, values, DOT, PRECISION)
-            store_tile(o + line * V, H * V, row, col, inside, out, V)
+            store_tile(o + line * V, o_t, row, col, inside, out, V)
             if VALUE_MORE:
                 seen = tl.sum(readers.to(tl.float32) * z[None, :], 1)
                 if DECAY:
                     seen *= since
                 tl.store(den + line + row * H, seen + tl.sum(scores, 1), mask=row < (end - first) * first_block)
             if term is not None:
-                partner = load_tile(p + b * p_b + at * p_t + (h // p_share) * p_h, p_t, row, col, inside, V)
+                partner = load_tile(p + at * p_t, p_t, row, col, inside, V)
                 products = tl.sum(out * partner.to(tl.float32), 1)
                 tl.store(term + block * n_rows.to(tl.int64) * H + line + row * H, products, mask=inside)
 
@@ -258,11 +271,12 @@ class Pass:
         cut, some = self.cut, self.cut.unread
         s_in, s_out, z_in, z_out = (some if t is None else t for t in (before.S, last, before.z, z_last))
         r, w, x = self.rows
+        strides = {t.stride(1) for t in (r, w, x, partner) if t is not None}
         carry_pass[(cut.count * self.H * self.blocks,)](
             *shared(r, self.H), *shared(w, self.H), *shared(x, self.H), out, self.gates, total, s_in, s_out,
             *shared(partner, self.H), term, *self.more, z_in, z_out, den,
             cut.table, self.T, cut.size, cut.per_sequence, cut.packed, int(before.S is not None), int(last is not None),
-            self.B * self.T, self.H, **self.options,
+            self.B * self.T, self.H, ALIKE=strides == {self.H * self.V}, **self.options,
         )  # fmt: skip
 
     def _combine(self, alone, total, initial, last, ends):

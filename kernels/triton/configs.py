@@ -215,9 +215,26 @@ def forget() -> None:
     """Read the user's table again at the next launch."""
     table.cache_clear()
     _chosen.cache_clear()
+    _renew()
+
+
+def generation() -> int:
+    """A number that changes with everything that `config` may answer by."""
+    return _generation
+
+
+def _renew() -> None:
+    global _generation
+    _generation += 1
+
+
+def recording() -> bool:
+    """Whether `recorded` wants to see every call of `config`."""
+    return _recorded is not None
 
 
 # Of the whole process, not of a thread: backward passes launch from threads of their own.
+_generation = 0
 _forced: dict[str, Values] = {}
 _recorded: dict[tuple[str, tuple[tuple[str, int], ...]], None] | None = None
 
@@ -227,9 +244,11 @@ def forced(kernel: str, values: Mapping[str, int]) -> Iterator[None]:
     """Launch `kernel` with these values whatever the tables say."""
     before = _forced.get(kernel)
     _forced[kernel] = dict(values)
+    _renew()
     try:
         yield
     finally:
+        _renew()
         del _forced[kernel]
         if before is not None:
             _forced[kernel] = before

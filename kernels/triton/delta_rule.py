@@ -21,6 +21,7 @@ from subquad.kernels.triton.segments import (
     writes_and_states,
 )
 from subquad.kernels.triton.step import few, step
+from subquad.kernels.triton.tape import taped
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, nothing, sum_heads
 
 
@@ -45,6 +46,7 @@ def form(q, k, v, beta, g, S, cu_seqlens):
 
 
 @operator("delta_rule_step_", mutates_args=("S",))
+@taped
 def delta_rule_step_(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
@@ -58,6 +60,7 @@ def _(q, k, v, beta, g, S, cu_seqlens):
 
 
 @operator("delta_rule_triton")
+@taped
 def delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor | None, cu_seqlens: Tensor | None,
     keep: bool,
@@ -80,6 +83,7 @@ def delta_rule_triton(
 
 
 @operator("delta_rule_triton_", mutates_args=("S",))
+@taped
 def delta_rule_triton_(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
@@ -121,6 +125,7 @@ def _forward(q, k, v, beta, g, S, cu_seqlens, last, u=None, states=None):
 
 
 @operator("delta_rule_triton_backward")
+@taped
 def delta_rule_triton_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor | None,
     cu_seqlens: Tensor | None, u: Tensor, states: Tensor, T: Tensor, P: Tensor, q_since: Tensor, k_since: Tensor,

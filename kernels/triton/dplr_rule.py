@@ -20,6 +20,7 @@ from subquad.kernels.triton.segments import (
     writes_and_states,
 )
 from subquad.kernels.triton.step import few, step
+from subquad.kernels.triton.tape import taped
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, nothing
 
 
@@ -39,6 +40,7 @@ def form(q, k, v, a, b, g, S, cu_seqlens):
 
 
 @operator("dplr_rule_step_", mutates_args=("S",))
+@taped
 def dplr_rule_step_(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, S: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
@@ -52,6 +54,7 @@ def _(q, k, v, a, b, g, S, cu_seqlens):
 
 
 @operator("dplr_rule_triton")
+@taped
 def dplr_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, S: Tensor | None,
     cu_seqlens: Tensor | None, keep: bool,
@@ -66,6 +69,7 @@ def dplr_rule_triton(
 
 
 @operator("dplr_rule_triton_", mutates_args=("S",))
+@taped
 def dplr_rule_triton_(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, S: Tensor, cu_seqlens: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -103,6 +107,7 @@ def _forward(q, k, v, a, b, g, S, cu_seqlens, last, u=None, states=None):
 
 
 @operator("dplr_rule_triton_backward")
+@taped
 def dplr_rule_triton_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor,
     S: Tensor | None, cu_seqlens: Tensor | None, u: Tensor, states: Tensor, T: Tensor, qk: Tensor, qb: Tensor,

@@ -96,6 +96,6 @@ def gate_gradient(up: Tensor, down: Tensor, edge: Tensor | None, within: Segment
     if dg.numel():
         _gate_gradient[(within.count, H)](
             up, down, up.shape[0], down.shape[0], B * T, up if edge is None else edge, dg, within.table, T, within.size,
-            within.per_sequence, within.packed, int(edge is not None), H, C=64, EXCLUSIVE=exclusive,
+            within.per_sequence, within.packed, int(edge is not None), H, C=512, EXCLUSIVE=exclusive,
         )  # fmt: skip
     return dg

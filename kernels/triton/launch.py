@@ -2,7 +2,8 @@
 
 Of each argument Triton compiles in whether it is there, its type, whether an address or an integer is a multiple of 16
 and whether an integer is 1. Asking all this costs a launch of 50 arguments 28 us on the host, more than many kernels
-run; a key made by one line of Python and the compiled kernel launched by itself cost 15.
+run; a key made by one line of Python and the compiled kernel launched by itself cost 15. What is launched over and over
+goes on tapes, which need no key either.
 """
 
 import threading
@@ -14,8 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch.utils._python_dispatch import _disable_current_modes
 
 from subquad.kernels.backend import INTERPRETED
+from subquad.kernels.triton.tape import STREAM, hooked, recording
 
 
 def cdiv(x: int, size: int) -> int:
@@ -38,7 +41,24 @@ def kernel(function: Callable[..., None] | None = None, *, do_not_specialize: Se
         return partial(kernel, do_not_specialize=do_not_specialize)
     jitted = triton.jit(function, do_not_specialize=do_not_specialize)
     # On an AMD GPU Triton also asks how large a tensor is.
-    return jitted if INTERPRETED or torch.version.hip else Kernel(jitted)
+    return ByTriton(jitted) if INTERPRETED or torch.version.hip else Kernel(jitted)
+
+
+class ByTriton:
+    """A kernel that Triton launches itself, in its own way."""
+
+    def __init__(self, jitted: Any):
+        self.jitted = jitted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self.launch, grid)
+
+    def launch(self, grid: tuple[int, ...], /, *arguments: Any, **options: Any) -> None:
+        run = self.jitted[grid]
+        with _disable_current_modes():  # what the interpreter does with torch is no part of the call
+            run(*arguments, **options)
+        if (tape := recording()) is not None:
+            tape.launch(run, arguments, options)
 
 
 class Launch(NamedTuple):
@@ -86,16 +106,29 @@ class Kernel:
                 self._run(found, key, grid, arguments, options)
 
     def _run(self, found: Any, key: tuple, grid: tuple[int, ...], arguments: Any, options: dict[str, Any]) -> None:
+        grid = (*grid, *(1, 1)[: 3 - len(grid)])
         if found is None:
             made = self.jitted[grid](*arguments, **options)
-            self.compiled[key] = made, [options[name] for name in self.constants]
+            self.compiled[key] = found = made, tuple(options[name] for name in self.constants)
         else:
             made, constants = found
-            made[*grid, *(1, 1)[: 3 - len(grid)]](*arguments, *constants)
+            if hooked():
+                made[grid](*arguments, *constants)
+            else:
+                stream = torch._C._cuda_getCurrentRawStream(key[0])
+                made.run(*grid, stream, *_of(made), *arguments, *constants)
+        if (tape := recording()) is not None:
+            made, constants = found
+            tape.launch(made.run, arguments, before=(*grid, STREAM, *_of(made)), after=constants)
 
     def compile(self, launch: Launch) -> None:
         with torch.cuda.device(launch.index):  # a new thread begins with the first
             self.jitted.warmup(*launch.arguments, grid=launch.grid, **launch.options)
+
+
+def _of(made: Any) -> tuple[Any, ...]:
+    """What a compiled kernel's launcher wants of it; no metadata for hooks, and no hooks."""
+    return made.function, made.packed_metadata, None, None, None
 
 
 @contextmanager

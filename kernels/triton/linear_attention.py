@@ -9,6 +9,7 @@ from subquad.kernels.triton.carry import Pass, States
 from subquad.kernels.triton.gates import cumulate, gate_gradient, new_gates
 from subquad.kernels.triton.segments import Segments, clear_padding, segments
 from subquad.kernels.triton.step import few, step
+from subquad.kernels.triton.tape import taped
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, rows, sum_heads
 from subquad.kernels.triton.vector_decay import vector_decay
 
@@ -37,6 +38,7 @@ def form(q, k, v, g, S, z, normalized, exclusive, bonus, cu_seqlens):
 
 
 @operator("linear_attention_step_", mutates_args=("S", "z"))
+@taped
 def linear_attention_step_(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor, z: Tensor | None, bonus: Tensor | None,
     cu_seqlens: Tensor | None, exclusive: bool,
@@ -55,6 +57,7 @@ def _(q, k, v, g, S, z, bonus, cu_seqlens, exclusive):
 
 
 @operator("linear_attention_triton")
+@taped
 def linear_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None,
     normalized: bool, exclusive: bool,
@@ -66,6 +69,7 @@ def linear_attention_triton(
 
 
 @operator("linear_attention_triton_", mutates_args=("S", "z"))
+@taped
 def linear_attention_triton_(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor, z: Tensor | None, cu_seqlens: Tensor | None,
     normalized: bool, exclusive: bool,
@@ -118,6 +122,7 @@ def _forward(q, k, v, g, S, z, cu_seqlens, exclusive, out, den, last, z_last):
 
 
 @operator("linear_attention_triton_backward")
+@taped
 def linear_attention_triton_backward(
     do: Tensor, dden: Tensor | None, dS: Tensor | None, dz: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     g: Tensor | None, S: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None, exclusive: bool,

@@ -14,6 +14,7 @@ from torch import Tensor
 from subquad.kernels.norm import dtypes
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.launch import cdiv, kernel, power_of_2
+from subquad.kernels.triton.tape import taped
 from subquad.kernels.triton.tiles import rows
 
 VALUES = 2048  # of a tile, 16 a thread; rows that are longer take more threads
@@ -146,6 +147,7 @@ def form(x, weight, bias, z, residual, centered, n_groups, silu, gate_first, sca
 
 
 @operator("norm_triton")
+@taped
 def _norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, z: Tensor | None, residual: Tensor | None, centered: bool,
     n_groups: int, silu: bool, gate_first: bool, scale: float, eps: float,
@@ -173,6 +175,7 @@ def _outputs(x, z, residual):
 
 
 @operator("norm_triton_backward")
+@taped
 def _norm_backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, z: Tensor | None,
     centered: bool, n_groups: int, silu: bool, gate_first: bool, scale: float, eps: float,

@@ -17,6 +17,7 @@ from torch import Tensor
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.launch import cdiv, kernel, power_of_2
 from subquad.kernels.triton.spans import row_spans, span_of
+from subquad.kernels.triton.tape import taped
 from subquad.kernels.triton.tiles import rows
 
 # rows: of a block; unroll: loaded together; block: channels of a program; channels: of a thread. A batch of up to
@@ -184,6 +185,7 @@ def form(f: Tensor, i: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tupl
 
 
 @operator("running_max_triton")
+@taped
 def _max(f: Tensor, i: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     last = torch.empty_like(state, memory_format=torch.contiguous_format)
     return _launch(f, i, state.contiguous(), last, cu_seqlens), last
@@ -195,6 +197,7 @@ def _(f, i, state, cu_seqlens):
 
 
 @operator("running_max_triton_", mutates_args=("state",))
+@taped
 def _max_in_place(f: Tensor, i: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     last = state.contiguous()
     m = _launch(f, i, last, last, cu_seqlens)
@@ -254,6 +257,7 @@ def _carried(gains: Tensor, owns: Tensor, B: int, C: int, *, forwards: bool) -> 
 
 
 @operator("running_max_triton_backward")
+@taped
 def _max_backward(
     dm: Tensor, dlast: Tensor, f: Tensor, i: Tensor, state: Tensor, m: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from subquad.kernels.operators import operator
 from subquad.kernels.triton.launch import cdiv, kernel, power_of_2
 from subquad.kernels.triton.spans import row_spans, span_of
+from subquad.kernels.triton.tape import taped
 from subquad.kernels.triton.tiles import rows
 
 # rows: loaded together; block: channels of a program; channels: of a thread; programs: of a backward pass, over which
@@ -288,6 +289,7 @@ def form(
 
 
 @operator("short_conv_triton")
+@taped
 def _conv(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -302,6 +304,7 @@ def _(x, weight, bias, state, cu_seqlens, silu):
 
 
 @operator("short_conv_triton_", mutates_args=("state",))
+@taped
 def _conv_in_place(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor, cu_seqlens: Tensor | None, silu: bool
 ) -> Tensor:
@@ -340,6 +343,7 @@ def _launch(x, weight, bias, state, last, cu_seqlens, silu) -> Tensor:
 
 
 @operator("short_conv_triton_backward")
+@taped
 def _conv_backward(
     dy: Tensor,
     dlast: Tensor,

@@ -9,6 +9,7 @@ from subquad.kernels.triton.chunk_gradient import linear_gradient
 from subquad.kernels.triton.launch import side_by_side
 from subquad.kernels.triton.prepare_linear import new_linear_chunks, prepare_linear
 from subquad.kernels.triton.segments import CHUNK, chunk_states, clear_padding, cut, differentiated, n_chunks
+from subquad.kernels.triton.tape import taped
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, nothing, sum_heads
 
 
@@ -22,6 +23,7 @@ def vector_decay(q, k, v, g, S, exclusive, bonus, cu_seqlens):
 
 
 @operator("vector_decay_triton")
+@taped
 def vector_decay_chunked(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor | None, bonus: Tensor | None, cu_seqlens: Tensor | None,
     exclusive: bool, keep: bool,
@@ -34,6 +36,7 @@ def vector_decay_chunked(
 
 
 @operator("vector_decay_triton_", mutates_args=("S",))
+@taped
 def vector_decay_(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor, bonus: Tensor | None, cu_seqlens: Tensor | None,
     exclusive: bool,
@@ -66,6 +69,7 @@ def _forward(q, k, v, g, S, bonus, cu_seqlens, exclusive, last, states=None):
 
 
 @operator("vector_decay_triton_backward")
+@taped
 def vector_decay_backward(
     do: Tensor, dS: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor | None, bonus: Tensor | None,
     cu_seqlens: Tensor | None, exclusive: bool, states: Tensor, P: Tensor, q_s: Tensor, k_e: Tensor, whole: Tensor,
