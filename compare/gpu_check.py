@@ -195,14 +195,15 @@ def run(check: Check) -> Outcome:
     found: dict[str, float] = {}
     allowed: dict[str, float] = {}
     name, how = str(check), run_in_place if check.setting == IN_PLACE else run_example
+    where = check.device if check.case else "cpu"  # of the definition
     try:
         for example in [_at_widths(check)] if check.case else _examples(check):
             name = example.name
             with blocked.ignored():
-                seen = differences(example, "triton", how)
+                seen = differences(example, "triton", how, where)
             found |= {f"{name}: {what}": x for what, x in seen.items()}
             if any(x >= TOLERANCE[check.dtype] for x in seen.values()):
-                moved = sensitivity(example, torch.finfo(check.dtype).eps / 2, how)
+                moved = sensitivity(example, torch.finfo(check.dtype).eps / 2, how, where)
                 allowed |= {f"{name}: {what}": ROUNDINGS * x for what, x in moved.items()}
     except torch.OutOfMemoryError:
         return Outcome(check, found, unknown=f"{check.op}: not enough GPU memory for {name}")

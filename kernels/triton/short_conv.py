@@ -19,7 +19,7 @@ from subquad.kernels.triton.tiles import rows
 
 # rows: loaded together; block: channels of a program; channels: of a thread; programs: of a backward pass, over which
 # the rows are divided, at least `stretch` to each.
-FORWARD = {"rows": 16, "block": 1024, "channels": 4}
+FORWARD = {"rows": 16, "block": 256, "channels": 4}
 STEP = {"rows": 8, "block": 128, "channels": 1}  # one sequence's whole call, up to `rows` tokens
 BACKWARD = {"rows": 4, "block": 512, "channels": 4, "programs": 1024, "stretch": 32}
 
@@ -333,7 +333,7 @@ def _launch(x, weight, bias, state, last, cu_seqlens, silu) -> Tensor:
     if y.numel():
         shape, n_blocks = _tile(table, D)
         _forward[(B * cdiv(T, table["rows"]) * n_blocks,)](
-            *_rows_of(x), *_taps(weight, T), bias, *before, *(after if step else [None, 0, 0]), y,
+            *_rows_of(x), *_taps(weight), bias, *before, *(after if step else [None, 0, 0]), y,
             row_spans(T, cu_seqlens), T, D=D, W=W, SILU=silu, ALIGN=_alignment(x), ROWS=table["rows"], **shape,
         )  # fmt: skip
     if state is not None and state.numel() and not (step and y.numel()):
@@ -359,7 +359,7 @@ def _conv_backward(
     x, dy, W = rows(x), rows(dy), 2 if weight is None else weight.shape[1]
     before = [None, 0, 0] if state is None else [rows(state), *rows(state).stride()[:2]]
     dlast = None if state is None else dlast.contiguous()
-    given = [*_rows_of(x), *_rows_of(dy), *_taps(weight, T), bias, *before, dlast]
+    given = [*_rows_of(x), *_rows_of(dy), *_taps(weight), bias, *before, dlast]
     shape, n_blocks = _tile(BACKWARD, D)
     share = cdiv(B * T * n_blocks, BACKWARD["programs"])
     stretch = max(BACKWARD["stretch"], cdiv(share, BACKWARD["rows"]) * BACKWARD["rows"])
@@ -412,13 +412,8 @@ def _rows_of(x: Tensor) -> tuple[Tensor, int, int]:
     return x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1)
 
 
-def _taps(weight: Tensor | None, time: int) -> tuple[Tensor | None, int, int]:
-    """The weights and their strides: for a long call channels side by side, so that a thread loads its own at once."""
-    if weight is None:
-        return None, 0, 0
-    if time > STEP["rows"]:
-        return weight.t().contiguous(), 1, weight.shape[0]
-    return weight, *weight.stride()
+def _taps(weight: Tensor | None) -> tuple[Tensor | None, int, int]:
+    return (None, 0, 0) if weight is None else (weight, *weight.stride())
 
 
 def _alignment(x: Tensor) -> int:
