@@ -195,16 +195,17 @@ def run(check: Check) -> Outcome:
     found: dict[str, float] = {}
     allowed: dict[str, float] = {}
     name, how = str(check), run_in_place if check.setting == IN_PLACE else run_example
-    where = check.device if check.case else "cpu"  # of the definition
     try:
         for example in [_at_widths(check)] if check.case else _examples(check):
             name = example.name
             with blocked.ignored():
-                seen = differences(example, "triton", how, where)
+                seen = differences(example, "triton", how)
             found |= {f"{name}: {what}": x for what, x in seen.items()}
             if any(x >= TOLERANCE[check.dtype] for x in seen.values()):
-                moved = sensitivity(example, torch.finfo(check.dtype).eps / 2, how, where)
+                moved = sensitivity(example, torch.finfo(check.dtype).eps / 2, how)
                 allowed |= {f"{name}: {what}": ROUNDINGS * x for what, x in moved.items()}
+            if check.widths == (TIMED.D, TIMED.D):
+                _as_timed(example, check)
     except torch.OutOfMemoryError:
         return Outcome(check, found, unknown=f"{check.op}: not enough GPU memory for {name}")
     except Exception as error:  # a compiler's or a driver's, whatever it is: the form does not run here
@@ -213,11 +214,24 @@ def run(check: Check) -> Outcome:
     return Outcome(check, found, allowed)
 
 
+def _as_timed(example: Example, check: Check) -> None:
+    """Compile here, beside other processes, what `speeds` launches besides: no gradients, or none of constants."""
+    tensors = trainable(example.inputs, _case(check).constants)
+    with backend("triton"), blocked.ignored():
+        out = example._replace(inputs=tensors).call()[0]
+        torch.autograd.grad(out, [x for x in tensors.values() if x.requires_grad], torch.ones_like(out))
+        with torch.no_grad():
+            example.call()
+
+
+def _case(check: Check) -> Case:
+    return next(case for case in CASES if case.name == check.case)
+
+
 def _at_widths(check: Check) -> Example:
-    case = next(case for case in CASES if case.name == check.case)
     # With the heads of what is timed afterwards, which is compiled by that; else with few, as the plain form is slow.
     heads = TIMED.H if check.widths == (TIMED.D, TIMED.D) else 2
-    example = case.example(Sizes(1, SHORT, heads, *check.widths), check.dtype, torch.device(check.device))
+    example = _case(check).example(Sizes(1, SHORT, heads, *check.widths), check.dtype, torch.device(check.device))
     return example._replace(name=str(check))
 
 

@@ -163,28 +163,25 @@ def run_in_place(example: Example, form: str) -> dict[str, Tensor]:
 
 
 def differences(
-    example: Example, form: str, run: Callable[[Example, str], dict[str, Tensor]] = run, device: str = "cpu"
+    example: Example, form: str, run: Callable[[Example, str], dict[str, Tensor]] = run
 ) -> dict[str, float]:
-    """||form - naive|| / ||naive|| of all that `run` returns; NaN if either has one.
-
-    The naive form runs in float64 on `device`: a loop over short rows is fastest on the CPU, one over the states of
-    wide heads on a GPU.
-    """
-    ours, reference = run(example, form), run(example.to(torch.float64).to(device), "naive")
-    return {name: relative_error(ours[name].to(device), reference[name]) for name in reference}
+    """||form - naive|| / ||naive|| of all that `run` returns, the naive form in float64 on the CPU, where a loop over
+    short rows is fastest; NaN if either has one."""
+    ours, reference = run(example, form), run(example.to(torch.float64).to("cpu"), "naive")
+    return {name: relative_error(ours[name].cpu(), reference[name]) for name in reference}
 
 
 def sensitivity(
-    example: Example, step: float, run: Callable[[Example, str], dict[str, Tensor]] = run, device: str = "cpu"
+    example: Example, step: float, run: Callable[[Example, str], dict[str, Tensor]] = run
 ) -> dict[str, float]:
     """How far the definition's results move when each input does by up to `step` of itself."""
-    example = example.to(torch.float64).to(device)
-    generator = torch.Generator(device).manual_seed(0)
+    example = example.to(torch.float64).to("cpu")
+    generator = torch.Generator().manual_seed(0)
 
     def nudged(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
-        return x * (1 + step * (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype, device=device) - 1))
+        return x * (1 + step * (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1))
 
     inputs, state = pytree.tree_map(nudged, (example.inputs, example.state))
     there, here = run(example._replace(inputs=inputs, state=state), "naive"), run(example, "naive")

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dis import get_instructions
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -94,6 +95,7 @@ class Kernel:
     def launch(self, grid: tuple[int, ...], /, *arguments: Any, **options: Any) -> None:
         index = arguments[0].device.index
         if self.key is None:
+            same_hash(self.jitted)
             self.key = specialization(self.jitted, arguments)
         key = (index, self.key(*arguments), *options, *options.values())
         found = self.compiled.get(key)
@@ -158,6 +160,20 @@ def settle() -> None:
     for launch in launches:
         launch.kernel.launch(launch.grid, *launch.arguments, **launch.options)
     _waiting.launches = []
+
+
+def same_hash(jitted: Any) -> None:
+    """Hash a function's source after those that it calls.
+
+    The name of a compiled kernel in Triton's cache has in it which constants its callees read, of those callees that
+    were hashed before. By Triton's own order, that of the first use of each, it is another in another process, which
+    compiles what there is.
+    """
+    for step in get_instructions(jitted.fn):
+        called = jitted.__globals__.get(step.argval) if step.opname == "LOAD_GLOBAL" else None
+        if isinstance(called, triton.JITFunction) and called.hash is None:
+            same_hash(called)
+    _ = jitted.cache_key
 
 
 def specialization(jitted: Any, arguments: Sequence[Any]) -> Callable[..., tuple]:

@@ -19,9 +19,9 @@ from subquad.kernels.triton.tiles import rows
 
 # rows: loaded together; block: channels of a program; channels: of a thread; programs: of a backward pass, over which
 # the rows are divided, at least `stretch` to each.
-FORWARD = {"rows": 16, "block": 256, "channels": 4}
+FORWARD = {"rows": 16, "block": 128, "channels": 4}
 STEP = {"rows": 8, "block": 128, "channels": 1}  # one sequence's whole call, up to `rows` tokens
-BACKWARD = {"rows": 4, "block": 512, "channels": 4, "programs": 1024, "stretch": 32}
+BACKWARD = {"rows": 4, "block": 256, "channels": 4, "programs": 1024, "stretch": 32}
 
 
 @triton.jit

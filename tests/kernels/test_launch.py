@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from subquad.kernels.triton.launch import Kernel, settle, side_by_side, specialization  # noqa: E402
+from subquad.kernels.triton.launch import Kernel, same_hash, settle, side_by_side, specialization  # noqa: E402
 
 
 def _add(x, x_t, T, y, scale, WIDTH, BLOCK=1):
@@ -43,11 +43,22 @@ def jitted():
 class Compiled:
     launches: ClassVar[list] = []
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, number):
         self.number = number
 
+    def run(self, x, y, z, stream, function, metadata, told, before, after, *arguments):
+        assert (stream, function, metadata, told, before, after) == (7, "function", "metadata", None, None, None)
+        Compiled.launches.append((self.number, (x, y, z), arguments))
+
     def __getitem__(self, grid):
-        return lambda *arguments: Compiled.launches.append((self.number, grid, arguments))
+        return lambda *arguments: Compiled.launches.append((self.number, grid, ("hooked", *arguments)))
+
+
+@pytest.fixture(autouse=True)
+def one_stream(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
 
 
 def tensor(offset, dtype=torch.float32):
@@ -86,10 +97,41 @@ def test_a_known_key_launches_its_kernel(jitted, monkeypatch):
     assert number == 0 and grid == (6, 1, 1)
     assert given[1:] == (64, 6, None, 1, 8, 4)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])  # as a profiler does
+        launched[(6,)](tensor(0), 64, 6, None, 1, WIDTH=8, BLOCK=4, num_warps=2)
+    number, grid, (told, _, *rest) = launches.pop()
+    assert (number, grid, told, tuple(rest)) == (0, (6, 1, 1), "hooked", given[1:])
+
     for options in ({"WIDTH": 8, "BLOCK": 4, "num_warps": 4}, {"WIDTH": 4, "BLOCK": 8, "num_warps": 2}):
         launched[(1,)](tensor(0), 64, 1, None, 1, **options)
     launched[(1,)](tensor(8), 64, 1, None, 1, WIDTH=8, BLOCK=4, num_warps=2)
     assert len(jitted.calls) == 4 and len(launches) == 1
+
+
+LIMIT = triton.language.constexpr(3)
+
+
+@triton.jit
+def _inner(x):
+    return x + LIMIT
+
+
+@triton.jit
+def _outer(x):
+    return _inner(x)
+
+
+@pytest.mark.skipif(not isinstance(_outer, triton.JITFunction), reason="the interpreter compiles nothing")
+def test_a_kernel_has_one_hash_whichever_is_hashed_first():
+    found = []
+    for first in (_inner, _outer):
+        for function in (_inner, _outer):
+            function.hash, function.used_global_vals = None, {}
+        same_hash(first)
+        same_hash(_outer)
+        found.append(_outer.cache_key)
+    assert found[0] == found[1]
 
 
 @pytest.fixture
