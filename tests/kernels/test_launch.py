@@ -16,6 +16,7 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from subquad.kernels.triton.launch import Kernel, same_hash, settle, side_by_side, specialization  # noqa: E402
+from subquad.kernels.triton.tape import Tape  # noqa: E402
 
 
 def _add(x, x_t, T, y, scale, WIDTH, BLOCK=1):
@@ -107,6 +108,21 @@ def test_a_known_key_launches_its_kernel(jitted, monkeypatch):
         launched[(1,)](tensor(0), 64, 1, None, 1, **options)
     launched[(1,)](tensor(8), 64, 1, None, 1, WIDTH=8, BLOCK=4, num_warps=2)
     assert len(jitted.calls) == 4 and len(launches) == 1
+
+
+def test_a_tape_launches_with_the_addresses_of_other_tensors(jitted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(Compiled, "launches", launches := [])
+    launched, options = Kernel(jitted), {"WIDTH": 8, "BLOCK": 4, "num_warps": 2}
+    x = tensor(0)
+    with Tape([x]) as tape:
+        launched[(3,)](x, 64, 3, None, 1, **options)
+        launched[(4, 2)](x, 64, 5, x, 1, **options)
+    replay, other = tape.replay(None), tensor(64)
+    launches.clear()
+    replay(other)
+    at = other.data_ptr()
+    assert launches == [(0, (3, 1, 1), (at, 64, 3, None, 1, 8, 4)), (1, (4, 2, 1), (at, 64, 5, at, 1, 8, 4))]
 
 
 LIMIT = triton.language.constexpr(3)

@@ -1,13 +1,14 @@
 """Tapes: a call whose layouts were met before does the same to other tensors."""
 
 import weakref
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
 from subquad.kernels import blocked
 from subquad.kernels.examples import examples, load_ops, run, run_in_place
-from subquad.kernels.triton import tape
+from subquad.kernels.triton import configs, tape
 
 pytestmark = pytest.mark.unchecked
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,6 +78,53 @@ def test_a_tape_tells_two_tensors_apart_though_one_call_took_one_twice():
     assert tape.counts() == (1, 0)
     turned = x.t().contiguous().t()
     assert torch.equal(minus(turned, y, 2)[0], x - 6) and tape.counts() == (1, 0)
+
+
+STORE = torch.arange(64.0)
+
+
+@tape.taped
+def answer(x: torch.Tensor, other: torch.Tensor | None, plus: float) -> torch.Tensor:
+    """Of all that a call may depend on."""
+    found = 2 * (torch.get_float32_matmul_precision() == "highest") + 4 * (x.data_ptr() % 16 == 0)
+    found += 8 * (other is None) + 16 * x.stride(0) + 1000 * configs.config("step")["num_warps"]
+    return x.new_full((1,), found + plus)
+
+
+@contextmanager
+def lower_precision():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_whatever_a_call_depends_on_has_a_tape_of_its_own():
+    given = [
+        (STORE[:4], None, 0.0), (STORE[1:5], None, 0.0), (STORE[:8:2], None, 0.0), (STORE[:4], STORE, 0.0),
+        (STORE[:4], STORE, 0.5),
+    ]  # fmt: skip
+    blocks = {"BLOCK_V": 16, "num_warps": 8, "num_stages": 1}
+    for how in (nullcontext, lower_precision, lambda: configs.forced("step", blocks), nullcontext):
+        with how():
+            for _ in range(3):
+                assert [float(answer(*x)) for x in given] == [float(answer.__wrapped__(*x)) for x in given]
+    assert tape.counts() == (20, 0)
+
+
+def test_who_watches_sees_every_call(monkeypatch):
+    for _ in range(3):
+        answer(STORE, None, 0.0)
+    for _ in range(2):
+        with configs.recorded() as asked:
+            answer(STORE, None, 0.0)
+        assert [kernel for kernel, _ in asked] == ["step"]
+    seen = []
+    monkeypatch.setattr(configs, "config", lambda kernel: seen.append(kernel) or {"num_warps": 1})
+    answer(STORE, None, 0.0)
+    assert not seen
+    monkeypatch.setattr(tape.triton.knobs.runtime.launch_exit_hook, "calls", [print])  # a profiler of launches
+    answer(STORE, None, 0.0)
+    assert seen == ["step"]
 
 
 def test_room_is_given_back_where_it_was_last_read():
