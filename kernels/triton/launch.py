@@ -165,9 +165,9 @@ def settle() -> None:
 def same_hash(jitted: Any) -> None:
     """Hash a function's source after those that it calls.
 
-    The name of a compiled kernel in Triton's cache has in it which constants its callees read, of those callees that
-    were hashed before. By Triton's own order, that of the first use of each, it is another in another process, which
-    compiles what there is.
+    The name of a compiled kernel in the cache of triton 3.6 has in it which constants its callees read, of those that
+    were hashed before. By its own order, that of the first use of each, it is another in another process, which then
+    compiles again what is there.
     """
     for step in get_instructions(jitted.fn):
         called = jitted.__globals__.get(step.argval) if step.opname == "LOAD_GLOBAL" else None
