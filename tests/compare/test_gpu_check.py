@@ -173,6 +173,24 @@ def test_run_tells_errors_from_failures(monkeypatch):
     assert outcome.failure == "no bias, packed, carried does not run (RuntimeError: PassManager::run failed)"
 
 
+def test_what_is_timed_is_called_by_its_check_as_it_is_timed(monkeypatch):
+    """So that it is compiled beside the others: without gradients, and without those of constants."""
+    import subquad.kernels.linear_attention as linear
+
+    def seen(q, k, v, g, *rest):
+        calls.append((torch.is_grad_enabled(), g.requires_grad))
+        return linear._FORMS["naive"](q, k, v, g, *rest)
+
+    monkeypatch.setattr(module, "INTERPRETED", True)
+    monkeypatch.setattr(gpu_check, "TIMED", gpu_check.TIMED._replace(H=1, D=8))
+    monkeypatch.setattr(linear, "_FORMS", {**linear._FORMS, "triton": seen})
+    for width, expected in ((4, [(True, True)]), (8, [(True, True), (True, False), (False, False)])):
+        calls = []
+        check = Check("linear_attention", "cpu", SINGLE, case="constant decay", widths=(width, width))
+        assert not gpu_check.run(check).wrong()
+        assert calls == expected
+
+
 def _serve(pipe):
     """Three kinds of checks: one that kills its process, one that hangs, and one that is right."""
     while True:
