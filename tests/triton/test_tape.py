@@ -24,20 +24,18 @@ def drawn(op, seed):
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_replayed_call_gives_what_a_new_one_gives(op):
-    for draws in zip(*(drawn(op, seed) for seed in (1, 2, 3)), strict=True):
-        for how in (run, run_in_place) if draws[0].state is not None else (run,):
+    for example, other in zip(drawn(op, 1), drawn(op, 2), strict=True):
+        for how in (run, run_in_place) if example.state is not None else (run,):
             with blocked.ignored():
                 tape.forget()
-                for example in draws[:2]:
-                    how(example, "triton")
+                expected = how(example, "triton")
+                how(other, "triton")
                 tapes, failed = tape.counts()
                 assert tapes and not failed
-                replayed = how(draws[2], "triton")
+                replayed = how(example, "triton")
                 assert tape.counts() == (tapes, 0)
-                tape.forget()
-                expected = how(draws[2], "triton")
             for name, value in expected.items():
-                assert torch.equal(replayed[name], value), (draws[0].name, name)
+                assert torch.equal(replayed[name], value), (example.name, name)
 
 
 def test_a_tensor_from_outside_is_never_taken_for_one_of_the_call():
