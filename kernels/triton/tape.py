@@ -45,10 +45,6 @@ def recording() -> "Tape | None":
     return _recording.tape
 
 
-class Unrecordable(Exception):
-    """A call that depends on more than layouts."""
-
-
 class Tape(TorchDispatchMode):
     """Sees one call with these arguments; `replay` makes the function that repeats it."""
 
@@ -59,7 +55,7 @@ class Tape(TorchDispatchMode):
         self.lines: list[tuple[str, list[str]]] = []  # and the names each makes
         self.reads: dict[str, int] = {}  # the last line that reads each name
         self.streams = False  # whether a line needs one
-        self.failure: str | None = None
+        self.repeatable = True  # until it depends on more than layouts: on values, or on tensors from outside
         self.index = next((x.get_device() for x in arguments if isinstance(x, Tensor)), -1)
         self.parameters = []
         for number, x in enumerate(arguments):
@@ -80,14 +76,11 @@ class Tape(TorchDispatchMode):
         out = function(*arguments, **options)
         if not isinstance(out, (Tensor, tuple, list)) and not any(isinstance(x, Tensor) for x in arguments):
             return out  # of types alone
-        try:
-            if function in ROOM:
-                room = {"dtype": out.dtype, "device": out.device}
-                self._add("torch.empty_strided", (out.shape, out.stride()), room, out)
-            else:
-                self._add(self._bind(function), arguments, options, out)
-        except Unrecordable as why:
-            self.failure = self.failure or str(why)
+        if function in ROOM:
+            room = {"dtype": out.dtype, "device": out.device}
+            self._add("torch.empty_strided", (out.shape, out.stride()), room, out)
+        else:
+            self._add(self._bind(function), arguments, options, out)
         return out
 
     def launch(
@@ -98,18 +91,12 @@ class Tape(TorchDispatchMode):
 
         Without options it takes addresses, about which a launcher need not ask the driver.
         """
-        try:
-            self._add(self._bind(function), arguments, options or {}, None, before, after, addresses=options is None)
-        except Unrecordable as why:
-            self.failure = self.failure or str(why)
+        self._add(self._bind(function), arguments, options or {}, None, before, after, addresses=options is None)
 
     def replay(self, result: Any) -> Callable[..., Any] | None:
         """A function of the arguments that does it all again; None if it would not be the same."""
-        try:
-            returned = self._text(result, len(self.lines))
-        except Unrecordable as why:
-            self.failure = self.failure or str(why)
-        if self.failure:
+        returned = self._text(result, len(self.lines))
+        if not self.repeatable:
             return None
         body = ["stream = raw_stream(index)"] if self.streams else []
         for number, (line, made) in enumerate(self.lines):
@@ -137,7 +124,8 @@ class Tape(TorchDispatchMode):
         line, made = f"{call}({', '.join(texts)})", []
         found = () if out is None else (out,) if isinstance(out, Tensor) else out
         if not isinstance(found, (tuple, list)) or not all(isinstance(x, Tensor) for x in found):
-            raise Unrecordable(f"{call} gives {type(out).__name__}")
+            self.repeatable = False  # a value that was read on the host, say
+            return
         for x in found:
             if x not in self.names:
                 made.append(f"t{here}_{len(made)}")
@@ -151,9 +139,8 @@ class Tape(TorchDispatchMode):
         """What stands for a value in line `here`."""
         if isinstance(x, Tensor):
             if x not in self.names:
-                if x.numel():
-                    raise Unrecordable("a tensor from outside the call")
-                return f"{self._bind(x)}" + ".data_ptr()" * address  # nothing reads it
+                self.repeatable &= x.numel() == 0  # nothing reads one without elements
+                return self._bind(x) + ".data_ptr()" * address
             name = self.names[x]
             self.reads[name] = here
             return name + ".data_ptr()" * address
