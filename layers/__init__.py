@@ -5,6 +5,7 @@ y, state = layer(x, state=None, cu_seqlens=None)
 
 from subquad.layers.attention import Attention as Attention
 from subquad.layers.base import Card as Card
+from subquad.layers.base import Facts as Facts
 from subquad.layers.base import Layer as Layer
 from subquad.layers.deltanet import DeltaNet as DeltaNet
 from subquad.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet

@@ -9,8 +9,8 @@ from subquad.kernels.attention import attention
 from subquad.kernels.state import KVCache, RingCache
 from subquad.layers.base import (
     Card,
+    Facts,
     available_if,
-    no_weight_decay,
 )
 from subquad.layers.norms import RMSNorm
 from subquad.layers.softmax_heads import SoftmaxLayer
@@ -46,6 +46,7 @@ class Attention(SoftmaxLayer):
         "2 S G K",
     )
     constant_state = False
+    facts = Facts(no_decay=("sink_logits",))
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class Attention(SoftmaxLayer):
         self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.z_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=bias) if output_gate else None
-        self.sink_logits = no_weight_decay(nn.Parameter(torch.zeros(self.n_heads))) if sink_logits else None
+        self.sink_logits = nn.Parameter(torch.zeros(self.n_heads)) if sink_logits else None
 
     def forward(
         self,

@@ -1,15 +1,18 @@
 """What layers share: the class that states the contract, and the small parts that appear in many of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.errors import UserError
+from subquad.kernels.state import accumulator_dtype
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,71 @@ class Card:
     train: str
     decode: str
     state: str
+
+
+Fact = Literal["no_decay", "float32", "residual", "keeps_init"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a class says about the parameters and submodules of its instances, by the names of their attributes.
+
+        class MyMixer(nn.Module):
+            facts = Facts(no_decay=("A_log",), float32=("A_log",), residual=("o_proj",))
+
+    Any module may declare them, whatever it derives from; a subclass adds to its bases. The class keeps them because
+    torch and wrappers re-create tensors and submodules (copies, meta tensors, assigned weights, adapters, quantisers).
+    A submodule's name stands for all within it, a name that an instance lacks for nothing.
+
+    no_decay: what an optimiser must not shrink (decay rates, step sizes, filters); vectors, norms, biases and
+        embeddings never are, and need no mention.
+    float32: what `convert` leaves in float32 in a half-precision model: rates whose powers over thousands of tokens
+        enlarge a rounding of 2^-9, and constants that the other weights were trained with.
+    residual: projections back into the residual stream, whose initial weights the model divides with its depth.
+    keeps_init: submodules whose initial weights follow from the layer's paper; the model leaves them alone.
+    """
+
+    no_decay: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+    residual: tuple[str, ...] = ()
+    keeps_init: tuple[str, ...] = ()
+
+
+def declared(module: nn.Module, fact: Fact) -> set[str]:
+    """Dotted names of what the classes of `module` and of its submodules declare."""
+    return {
+        f"{owner}.{name}" if owner else name
+        for owner, part in module.named_modules(remove_duplicate=False)
+        for cls in type(part).__mro__
+        if isinstance(facts := vars(cls).get("facts"), Facts)
+        for name in getattr(facts, fact)
+    }
+
+
+def covers(names: set[str], name: str) -> bool:
+    """Whether a dotted name, or one that it lies within, is among `names`."""
+    parts = [part for part in name.split(".") if part != "parametrizations"]  # torch moves what it reparametrises there
+    return any(".".join(parts[:n]) in names for n in range(1, len(parts) + 1))
+
+
+def parameters_with(module: nn.Module, fact: Fact) -> set[str]:
+    """Dotted names of the parameters and buffers for which a fact holds, second names of tied ones included."""
+    names = declared(module, fact)
+    return {name for name, _ in _tensors(module) if covers(names, name)}
+
+
+def convert(module: M, dtype: torch.dtype) -> M:
+    """`module` with its floating-point parameters and buffers in `dtype`, in place; those that stay float32 are not
+    narrower than that."""
+    names = parameters_with(module, "float32")
+    kept = {id(part) for name, t in _tensors(module) if name in names for part in (t, t.grad)}
+    wide = accumulator_dtype(dtype)
+    return module._apply(lambda t: t.to(wide if id(t) in kept else dtype) if t.is_floating_point() else t)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 class Layer(nn.Module):
@@ -43,6 +111,7 @@ class Layer(nn.Module):
     )
     min_width: ClassVar[int] = 1
     max_len: int | None = None
+    facts: ClassVar[Facts] = Facts()
 
     __call__: Callable[..., tuple[Tensor, Any]]
 
@@ -64,25 +133,6 @@ class available_if:
         if not self.check(instance):
             raise AttributeError(f"this {owner.__name__} has no {self.method.__name__}: {self.why}")
         return self.method.__get__(instance, owner)
-
-
-def residual_linear(d_in: int, d_out: int, *, bias: bool = False) -> nn.Linear:
-    """A projection back into the residual stream, whose initial weights the model scales with its depth."""
-    linear = nn.Linear(d_in, d_out, bias=bias)
-    linear.scales_residual = True  # type: ignore[assignment]
-    return linear
-
-
-def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
-    """Mark a parameter that an optimiser must not shrink (decay rates, step sizes, skip weights)."""
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter
-
-
-def own_init(module: nn.Module) -> nn.Module:
-    """Mark a module whose initial weights follow from its layer's paper: the model leaves them alone."""
-    module.keeps_init = True  # type: ignore[assignment]
-    return module
 
 
 def default_head_dim(width: int, largest: int = 64) -> int:
@@ -128,7 +178,7 @@ def conv_weight(width: int, taps: int, bias: bool) -> tuple[nn.Parameter, nn.Par
     """Weights [D, W] and bias [D] of a short convolution, uniform in +-1/sqrt(W) like torch's depthwise Conv1d."""
     bound = taps**-0.5
     weight = nn.Parameter(torch.empty(width, taps).uniform_(-bound, bound))
-    return no_weight_decay(weight), nn.Parameter(torch.empty(width).uniform_(-bound, bound)) if bias else None
+    return weight, nn.Parameter(torch.empty(width).uniform_(-bound, bound)) if bias else None
 
 
 def silu_gated(x: Tensor, z: Tensor) -> Tensor:

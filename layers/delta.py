@@ -10,13 +10,12 @@ from subquad.kernels.packing import mask_padding
 from subquad.kernels.short_conv import short_conv
 from subquad.kernels.state import Recurrent, accumulator_dtype
 from subquad.layers.base import (
+    Facts,
     Layer,
     check_divides,
     conv_weight,
     default_head_dim,
     dt_bias,
-    no_weight_decay,
-    residual_linear,
     state_dtype,
 )
 from subquad.layers.norms import RMSNorm, l2_normalize
@@ -29,6 +28,8 @@ class DeltaState(NamedTuple):
 
 class DeltaLayer(Layer):
     """Projections to q, k, v (R of k and v a token) and write strengths around one call of delta_rule."""
+
+    facts = Facts(no_decay=("conv_weight", "A_log", "dt_bias"), float32=("A_log", "dt_bias"), residual=("o_proj",))
 
     def __init__(
         self,
@@ -60,12 +61,12 @@ class DeltaLayer(Layer):
         self.conv_weight, self.conv_bias = conv_weight(sum(self.sizes), d_conv, conv_bias)
         self.b_proj = nn.Linear(d_model, n_factors * n_heads, bias=False)
         self.norm = RMSNorm(self.V, eps=norm_eps)
-        self.o_proj = residual_linear(n_heads * self.V, d_model)
+        self.o_proj = nn.Linear(n_heads * self.V, d_model, bias=False)
 
     def add_decay(self, width: int, A_range: tuple[float, float], dt_min: float, dt_max: float) -> None:
         """Parameters of `log_decay` for `width` gates a token."""
-        self.A_log = no_weight_decay(nn.Parameter(torch.empty(self.n_heads).uniform_(*A_range).log()))
-        self.dt_bias = no_weight_decay(nn.Parameter(dt_bias(width, dt_min, dt_max)))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(*A_range).log())
+        self.dt_bias = nn.Parameter(dt_bias(width, dt_min, dt_max))
 
     def qkv(
         self, x: Tensor, conv: Tensor | None, cu_seqlens: Tensor | None, activation: str | None = "silu"

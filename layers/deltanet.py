@@ -11,7 +11,7 @@ from subquad.kernels.delta_rule import delta_rule
 from subquad.kernels.state import accumulator_dtype
 from subquad.layers.base import Card
 from subquad.layers.delta import DeltaLayer, DeltaState
-from subquad.layers.feature_maps import EluFeatures
+from subquad.layers.feature_maps import positive_elu
 
 
 class DeltaNet(DeltaLayer):
@@ -62,8 +62,7 @@ class DeltaNet(DeltaLayer):
             negative_eigenvalues=negative_eigenvalues,
             norm_eps=norm_eps,
         )
-        elu = EluFeatures(self.K, self.n_heads).features
-        self.phi = {"silu": None, "elu": elu, "relu": F.relu, "identity": lambda x: x}[feature_map]
+        self.phi = {"silu": None, "elu": positive_elu, "relu": F.relu, "identity": nn.Identity()}[feature_map]
         if qk_norm == "sum" and feature_map != "elu":
             raise UserError(f"DeltaNet: qk_norm 'sum' needs positive features, feature_map 'elu', not {feature_map!r}")
         self.sums = qk_norm == "sum"

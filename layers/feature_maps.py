@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from subquad.errors import UserError
 from subquad.kernels.state import accumulator_dtype
 from subquad.kernels.wrapping import full_precision
+from subquad.layers.base import Facts
 
 FeatureMapName = Literal["cosformer", "elu", "hedgehog", "performer", "relu", "softmax", "taylor"]
 
@@ -44,12 +45,17 @@ class FeatureMap(nn.Module):
         raise NotImplementedError
 
 
+def positive_elu(x: Tensor) -> Tensor:
+    """1 + elu(x)."""
+    # Not 1 + F.elu(x): it rounds exp(x) to an absolute 1e-7, and torch 2.13 traces its backward with wrong strides.
+    return F.relu(x) + x.clamp(max=0).exp()
+
+
 class EluFeatures(FeatureMap):
     """1 + elu(x), positive (Katharopoulos et al. 2020)."""
 
     def features(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B K"]:
-        # Not 1 + F.elu(x): it rounds exp(x) to an absolute 1e-7, and torch 2.13 traces its backward with wrong strides.
-        return F.relu(x) + x.clamp(max=0).exp()
+        return positive_elu(x)
 
 
 class ReluFeatures(FeatureMap):
@@ -92,6 +98,7 @@ class PerformerFeatures(FeatureMap):
     """
 
     projection: Tensor
+    facts = Facts(float32=("projection",))
 
     def __init__(self, d: int, n_heads: int, *, n_features: int | None = None):
         super().__init__(d, n_heads)

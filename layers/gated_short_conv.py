@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.short_conv import short_conv
 from subquad.kernels.state import Recurrent
-from subquad.layers.base import Card, Layer, conv_weight, residual_linear, state_dtype
+from subquad.layers.base import Card, Facts, Layer, conv_weight, state_dtype
 
 
 class GatedShortConvState(NamedTuple):
@@ -28,12 +28,13 @@ class GatedShortConv(Layer):
     """
 
     card = Card("Liquid AI 2025, arXiv:2511.23404", "short_conv", "O(T D W)", "O(D W)", "(W - 1) D")
+    facts = Facts(no_decay=("conv_weight",), residual=("out_proj",))
 
     def __init__(self, d_model: int, *, d_conv: int = 3, bias: bool = False):
         super().__init__()
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.conv_weight, self.conv_bias = conv_weight(d_model, d_conv, bias)
-        self.out_proj = residual_linear(d_model, d_model, bias=bias)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
 
     def forward(
         self,

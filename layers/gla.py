@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.kernels.linear_attention import linear_attention
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Layer, check_divides, residual_linear, state_dtype
+from subquad.layers.base import Card, Facts, Layer, check_divides, state_dtype
 from subquad.layers.norms import RMSNorm
 
 
@@ -33,6 +33,7 @@ class GatedLinearAttention(Layer):
 
     card = Card("Yang et al. 2023, arXiv:2312.06635", "linear_attention", "O(T D K)", "O(D K)", "H K V")
     min_width = 4
+    facts = Facts(residual=("o_proj",))
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class GatedLinearAttention(Layer):
         self.gate_up = nn.Linear(gate_rank, keys)
         self.z_proj = nn.Linear(d_model, values, bias=False)
         self.norm = RMSNorm(self.V, eps=norm_eps)
-        self.o_proj = residual_linear(values, d_model)
+        self.o_proj = nn.Linear(values, d_model, bias=False)
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from subquad.errors import UserError
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.scan import scan
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Layer, residual_linear, state_dtype
+from subquad.layers.base import Card, Facts, Layer, state_dtype
 from subquad.layers.norms import RMSNorm
 
 
@@ -34,6 +34,7 @@ class HGRN(Layer):
     """
 
     card = Card("Qin et al. 2023, arXiv:2311.04823", "scan", "O(T D')", "O(D')", "D'")
+    facts = Facts(residual=("o_proj",))
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class HGRN(Layer):
         self.f_proj = nn.Linear(d_model, inner, bias=bias)
         self.z_proj = nn.Linear(d_model, inner, bias=bias)
         self.norm = RMSNorm(inner, eps=norm_eps)
-        self.o_proj = residual_linear(inner, d_model, bias=bias)
+        self.o_proj = nn.Linear(inner, d_model, bias=bias)
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: HGRNState | None = None, cu_seqlens: Int[Tensor, "M"] | None = None

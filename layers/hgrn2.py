@@ -11,7 +11,7 @@ from subquad.errors import UserError
 from subquad.kernels.linear_attention import linear_attention
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Layer, check_divides, default_head_dim, residual_linear, state_dtype
+from subquad.layers.base import Card, Facts, Layer, check_divides, default_head_dim, state_dtype
 from subquad.layers.norms import RMSNorm
 
 
@@ -34,6 +34,7 @@ class HGRN2(Layer):
     """
 
     card = Card("Qin et al. 2024, arXiv:2404.07904", "linear_attention", "O(T D K)", "O(D K)", "D K")
+    facts = Facts(residual=("o_proj",))
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class HGRN2(Layer):
         self.f_proj = nn.Linear(d_model, d_model, bias=False)
         self.v_proj = nn.Linear(d_model, d_model, bias=False)
         self.norm = RMSNorm(d_model, eps=norm_eps)
-        self.o_proj = residual_linear(d_model, d_model)
+        self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
         self,

@@ -16,12 +16,10 @@ from subquad.kernels.state import Recurrent, accumulator_dtype
 from subquad.kernels.wrapping import full_precision
 from subquad.layers.base import (
     Card,
+    Facts,
     Layer,
     check_length,
     conv_weight,
-    no_weight_decay,
-    own_init,
-    residual_linear,
     state_dtype,
 )
 
@@ -39,16 +37,18 @@ class ImplicitFilter(nn.Module):
     which a window has fallen to 1/100.
     """
 
+    facts = Facts(no_decay=("sine", "rate"), float32=("layers", "out", "sine", "rate"), keeps_init=("layers", "out"))
+
     def __init__(self, n: int, max_len: int, n_features: int, width: int, depth: int, sine: float):
         super().__init__()
         if n_features < 3 or n_features % 2 == 0:
             raise UserError(f"Hyena: n_features is odd and at least 3 (t, cosines, sines); got {n_features}")
         self.max_len, self.n_features = max_len, n_features
-        self.layers = nn.ModuleList(own_init(nn.Linear(n_features if i == 0 else width, width)) for i in range(depth))
-        self.out = own_init(nn.Linear(width, n, bias=False))
-        self.sine = no_weight_decay(nn.Parameter(torch.full((width,), sine)))
+        self.layers = nn.ModuleList(nn.Linear(n_features if i == 0 else width, width) for i in range(depth))
+        self.out = nn.Linear(width, n, bias=False)
+        self.sine = nn.Parameter(torch.full((width,), sine))
         fast, slow = -log(0.01) / 0.3, -log(0.01) / 1.5
-        self.rate = no_weight_decay(nn.Parameter(torch.linspace(fast, slow, n)))
+        self.rate = nn.Parameter(torch.linspace(fast, slow, n))
 
         self.known: tuple[Any, Tensor] | None = None  # all taps, and the parameters they came from
 
@@ -82,6 +82,8 @@ class HyenaOperator(Layer):
     weight for the input at the same token, `skip`, is added here.
     """
 
+    facts = Facts(no_decay=("conv_weight", "skip"), residual=("out_proj",))
+
     def __init__(self, d_model: int, order: int, d_conv: int):
         super().__init__()
         if order < 2:
@@ -89,8 +91,8 @@ class HyenaOperator(Layer):
         self.order = order
         self.in_proj = nn.Linear(d_model, (order + 1) * d_model)
         self.conv_weight, self.conv_bias = conv_weight((order + 1) * d_model, d_conv, True)
-        self.skip = no_weight_decay(nn.Parameter(torch.randn(order - 1, d_model)))
-        self.out_proj = residual_linear(d_model, d_model, bias=True)
+        self.skip = nn.Parameter(torch.randn(order - 1, d_model))
+        self.out_proj = nn.Linear(d_model, d_model, bias=True)
 
     def long_filters(self, time: int, state: HyenaState | None) -> list[Any]:
         raise NotImplementedError

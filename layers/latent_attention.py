@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from subquad.errors import UserError
 from subquad.kernels.latent_attention import LatentCache, latent_attention
 from subquad.kernels.packing import mask_padding
-from subquad.layers.base import Card, Layer, check_divides, default_head_dim, residual_linear, state_dtype
+from subquad.layers.base import Card, Facts, Layer, check_divides, default_head_dim, state_dtype
 from subquad.layers.norms import RMSNorm
 from subquad.layers.rotary import pairs_to_halves, rotary_angles, rotate
 
@@ -34,6 +34,7 @@ class LatentAttention(Layer):
     card = Card("DeepSeek-AI 2024, arXiv:2405.04434", "latent_attention", "O(T^2 D)", "O(S H R)", "S (R + P)")
     constant_state = False
     min_width = 4
+    facts = Facts(residual=("o_proj",))
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class LatentAttention(Layer):
         self.kv_a_proj = nn.Linear(d_model, R + P, bias=bias)
         self.kv_a_norm = RMSNorm(R, eps=norm_eps)
         self.kv_b_proj = nn.Linear(R, n_heads * (K + V), bias=False)
-        self.o_proj = residual_linear(n_heads * V, d_model, bias=bias)
+        self.o_proj = nn.Linear(n_heads * V, d_model, bias=bias)
 
     def forward(
         self,

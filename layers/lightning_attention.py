@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.kernels.linear_attention import linear_attention
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Layer, check_divides, default_head_dim, residual_linear, state_dtype
+from subquad.layers.base import Card, Facts, Layer, check_divides, default_head_dim, state_dtype
 from subquad.layers.norms import RMSNorm
 
 
@@ -33,6 +33,7 @@ class LightningAttention(Layer):
     """
 
     card = Card("Qin et al. 2024, arXiv:2401.04658", "linear_attention", "O(T D K)", "O(D K)", "D K")
+    facts = Facts(residual=("o_proj",))
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class LightningAttention(Layer):
         self.qkv_proj = nn.Linear(d_model, 3 * inner, bias=False)  # rows: q, k, v of head 0, then of head 1, ...
         self.z_proj = nn.Linear(d_model, inner, bias=False)
         self.norm = RMSNorm(inner, eps=norm_eps)
-        self.o_proj = residual_linear(inner, d_model)
+        self.o_proj = nn.Linear(inner, d_model, bias=False)
 
     def forward(
         self,

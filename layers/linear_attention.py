@@ -11,12 +11,12 @@ from subquad.kernels.packing import advance, mask_padding, positions
 from subquad.kernels.state import Count, Recurrent, accumulator_dtype
 from subquad.layers.base import (
     Card,
+    Facts,
     Layer,
     available_if,
     check_divides,
     check_length,
     default_head_dim,
-    residual_linear,
     state_dtype,
 )
 from subquad.layers.feature_maps import FEATURE_MAPS, FeatureMapName, make_feature_map
@@ -55,6 +55,7 @@ class LinearAttention(Layer):
     """
 
     card = Card("Katharopoulos et al. 2020, arXiv:2006.16236", "linear_attention", "O(T D K)", "O(D K)", "D K + H K")
+    facts = Facts(residual=("o_proj",))
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class LinearAttention(Layer):
         self.q_proj = nn.Linear(d_model, n_heads * self.feature_dim, bias=bias)
         self.k_proj = nn.Linear(d_model, n_heads * self.feature_dim, bias=bias)
         self.v_proj = nn.Linear(d_model, d_model, bias=bias)
-        self.o_proj = residual_linear(d_model, d_model, bias=bias)
+        self.o_proj = nn.Linear(d_model, d_model, bias=bias)
 
     def forward(
         self,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.bucket_attention import BucketCache, bucket_attention
-from subquad.layers.base import Card, state_dtype
+from subquad.layers.base import Card, Facts, state_dtype
 from subquad.layers.softmax_heads import SoftmaxLayer
 
 
@@ -35,6 +35,7 @@ class LSHAttention(SoftmaxLayer):
         "2 buckets W D",
     )
     discrete = True
+    facts = Facts(float32=("rotations",))
 
     def __init__(
         self,

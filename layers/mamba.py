@@ -14,12 +14,10 @@ from subquad.kernels.short_conv import short_conv
 from subquad.kernels.state import Recurrent, accumulator_dtype
 from subquad.layers.base import (
     Card,
+    Facts,
     Layer,
     conv_weight,
     dt_bias,
-    no_weight_decay,
-    own_init,
-    residual_linear,
     silu_gated,
     state_dtype,
 )
@@ -47,6 +45,9 @@ class Mamba(Layer):
     """
 
     card = Card("Gu and Dao 2023, arXiv:2312.00752", "selective_scan", "O(T D' N)", "O(D' N)", "D' (N + W - 1)")
+    facts = Facts(
+        no_decay=("conv_weight", "A_log", "skip"), float32=("A_log",), residual=("out_proj",), keeps_init=("dt_proj",)
+    )
 
     def __init__(
         self,
@@ -70,15 +71,15 @@ class Mamba(Layer):
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
         self.conv_weight, self.conv_bias = conv_weight(inner, d_conv, conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj = own_init(nn.Linear(rank, inner))
+        self.dt_proj = nn.Linear(rank, inner)
         self.dt_norm, self.B_norm, self.C_norm = (
             nn.Identity() if dt_bc_norm == "none" else RMSNorm(n, eps=norm_eps, affine=dt_bc_norm == "weighted")
             for n in self.sizes
         )
-        self.out_proj = residual_linear(inner, d_model, bias=bias)
+        self.out_proj = nn.Linear(inner, d_model, bias=bias)
         A = torch.arange(1, d_state + 1, dtype=torch.float32).expand(inner, -1)
-        self.A_log = no_weight_decay(nn.Parameter(A.log()))
-        self.skip = no_weight_decay(nn.Parameter(torch.ones(inner)))
+        self.A_log = nn.Parameter(A.log())
+        self.skip = nn.Parameter(torch.ones(inner))
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
             self.dt_proj.bias.copy_(dt_bias(inner, dt_min, dt_max))

@@ -13,13 +13,12 @@ from subquad.kernels.short_conv import short_conv
 from subquad.kernels.state import Recurrent, accumulator_dtype
 from subquad.layers.base import (
     Card,
+    Facts,
     Layer,
     check_divides,
     conv_weight,
     default_head_dim,
     dt_bias,
-    no_weight_decay,
-    residual_linear,
     silu_gated,
     state_dtype,
 )
@@ -50,6 +49,9 @@ class Mamba2(Layer):
     card = Card(
         "Dao and Gu 2024, arXiv:2405.21060", "linear_attention", "O(T D' N)", "O(D' N)", "D' N + (W - 1) (D' + 2 G N)"
     )
+    facts = Facts(
+        no_decay=("conv_weight", "A_log", "dt_bias", "skip"), float32=("A_log", "dt_bias"), residual=("out_proj",)
+    )
 
     def __init__(
         self,
@@ -79,11 +81,11 @@ class Mamba2(Layer):
         shared = n_groups * d_state
         self.in_proj = nn.Linear(d_model, 2 * inner + 2 * shared + self.n_heads, bias=bias)
         self.conv_weight, self.conv_bias = conv_weight(inner + 2 * shared, d_conv, conv_bias)
-        self.A_log = no_weight_decay(nn.Parameter(torch.empty(self.n_heads).uniform_(*A_range).log()))
-        self.dt_bias = no_weight_decay(nn.Parameter(dt_bias(self.n_heads, dt_min, dt_max)))
-        self.skip = no_weight_decay(nn.Parameter(torch.ones(self.n_heads)))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(*A_range).log())
+        self.dt_bias = nn.Parameter(dt_bias(self.n_heads, dt_min, dt_max))
+        self.skip = nn.Parameter(torch.ones(self.n_heads))
         self.norm = RMSNorm(inner, n_groups, eps=norm_eps) if norm else None
-        self.out_proj = residual_linear(inner, d_model, bias=bias)
+        self.out_proj = nn.Linear(inner, d_model, bias=bias)
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: Mamba2State | None = None, cu_seqlens: Int[Tensor, "M"] | None = None

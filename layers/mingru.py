@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.scan import scan
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Layer, residual_linear, state_dtype
+from subquad.layers.base import Card, Facts, Layer, state_dtype
 
 
 class MinGRUState(NamedTuple):
@@ -32,6 +32,7 @@ class MinGRU(Layer):
     """
 
     card = Card("Feng et al. 2024, arXiv:2410.01201", "scan", "O(T D')", "O(D')", "D'")
+    facts = Facts(residual=("o_proj",))
 
     def __init__(self, d_model: int, *, expand: float = 2.0, positive: bool = False, bias: bool = False):
         super().__init__()
@@ -39,7 +40,7 @@ class MinGRU(Layer):
         self.inner, self.positive = inner, positive
         self.z_proj = nn.Linear(d_model, inner, bias=bias)
         self.h_proj = nn.Linear(d_model, inner, bias=bias)
-        self.o_proj = residual_linear(inner, d_model, bias=bias)
+        self.o_proj = nn.Linear(inner, d_model, bias=bias)
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: MinGRUState | None = None, cu_seqlens: Int[Tensor, "M"] | None = None

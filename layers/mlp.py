@@ -8,9 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from subquad.kernels.packing import mask_padding
-from subquad.layers.base import Card, Layer, residual_linear
+from subquad.layers.base import Card, Facts, Layer
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()}
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "relu2": squared_relu}
 ActivationName = Literal["gelu", "relu", "silu", "relu2"]
 
 
@@ -39,6 +45,7 @@ class MLP(FeedForward):
     """
 
     card = Card("Vaswani et al. 2017, arXiv:1706.03762", "-", "O(T D F)", "O(D F)", "0")
+    facts = Facts(residual=("down_proj",))
 
     def __init__(
         self,
@@ -53,7 +60,7 @@ class MLP(FeedForward):
         d_ff = hidden_width(d_model, expand, d_ff)
         self.activation = ACTIVATIONS[activation]
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
-        self.down_proj = residual_linear(d_ff, d_model, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: Any = None, cu_seqlens: Int[Tensor, "M"] | None = None
@@ -70,13 +77,14 @@ class SwiGLU(FeedForward):
     """
 
     card = Card("Shazeer 2020, arXiv:2002.05202", "-", "O(T D F)", "O(D F)", "0")
+    facts = Facts(residual=("down_proj",))
 
     def __init__(self, d_model: int, *, expand: float = 8 / 3, d_ff: int | None = None, bias: bool = False):
         super().__init__()
         d_ff = hidden_width(d_model, expand, d_ff)
         self.gate_proj = nn.Linear(d_model, d_ff, bias=bias)
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
-        self.down_proj = residual_linear(d_ff, d_model, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: Any = None, cu_seqlens: Int[Tensor, "M"] | None = None

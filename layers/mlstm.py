@@ -15,12 +15,10 @@ from subquad.kernels.short_conv import shift
 from subquad.kernels.state import Recurrent, accumulator_dtype
 from subquad.layers.base import (
     Card,
+    Facts,
     Layer,
     check_divides,
     default_head_dim,
-    no_weight_decay,
-    own_init,
-    residual_linear,
     state_dtype,
 )
 from subquad.layers.norms import GroupNorm
@@ -51,6 +49,7 @@ class MLSTM(Layer):
         "Beck et al. 2024, arXiv:2405.04517", "running_max, linear_attention", "O(T D K)", "O(D K)", "D' K + H (K + 1)"
     )
     min_width = 2
+    facts = Facts(residual=("o_proj",), keeps_init=("i_proj", "f_proj"))
 
     def __init__(
         self,
@@ -74,14 +73,14 @@ class MLSTM(Layer):
         self.k_proj = nn.Linear(d_model, keys, bias=False)
         self.v_proj = nn.Linear(d_model, values, bias=False)
         # Both start from their biases: little is written, and memories last from 20 to 400 tokens.
-        self.i_proj = own_init(nn.Linear(d_model, n_heads))
-        self.f_proj = own_init(nn.Linear(d_model, n_heads))
+        self.i_proj = nn.Linear(d_model, n_heads)
+        self.f_proj = nn.Linear(d_model, n_heads)
         for gate, bias in ((self.i_proj, torch.full((n_heads,), -10.0)), (self.f_proj, torch.linspace(3, 6, n_heads))):
             nn.init.zeros_(gate.weight)
-            gate.bias = no_weight_decay(nn.Parameter(bias))
+            gate.bias = nn.Parameter(bias)
         self.out_gate = nn.Linear(d_model, values, bias=False)
         self.norm = GroupNorm(values, n_heads, eps=norm_eps, affine="weight")
-        self.o_proj = residual_linear(values, d_model)
+        self.o_proj = nn.Linear(values, d_model, bias=False)
 
     def forward(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.errors import UserError
 from subquad.kernels.lti import lti
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, no_weight_decay, state_dtype
+from subquad.layers.base import Card, Facts, state_dtype
 from subquad.layers.hyena import Hyena, HyenaOperator, HyenaState
 from subquad.layers.state_space import as_complex, log_step, real_pair
 
@@ -35,6 +35,7 @@ class ModalHyena(HyenaOperator):
     """
 
     card = Card("Massaroli et al. 2023, arXiv:2310.18780", "lti", "O(T D K)", "O(D K)", "(order - 1) D K")
+    facts = Facts(no_decay=("decay_log", "frequency", "C"), float32=("decay_log", "frequency"))
 
     def __init__(
         self,
@@ -49,8 +50,8 @@ class ModalHyena(HyenaOperator):
         super().__init__(d_model, order, d_conv)
         shape = (order - 1, d_model, d_state)
         dt = log_step((order - 1) * d_model, dt_min, dt_max).detach().exp().view(order - 1, d_model, 1)
-        self.decay_log = no_weight_decay(nn.Parameter((0.5 * dt).log().repeat(1, 1, d_state)))
-        self.frequency = no_weight_decay(nn.Parameter(pi * dt * torch.arange(d_state)))
+        self.decay_log = nn.Parameter((0.5 * dt).log().repeat(1, 1, d_state))
+        self.frequency = nn.Parameter(pi * dt * torch.arange(d_state))
         self.C = real_pair(torch.randn(shape, dtype=torch.complex64) * (dt / d_state) ** 0.5)
 
     def poles(self) -> Tensor:

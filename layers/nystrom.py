@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.nystrom_attention import nystrom_attention
-from subquad.layers.base import Card, no_weight_decay
+from subquad.layers.base import Card, Facts
 from subquad.layers.softmax_heads import SoftmaxLayer
 
 
@@ -30,6 +30,7 @@ class NystromAttention(SoftmaxLayer):
 
     card = Card("Xiong et al. 2021, arXiv:2102.03902", "nystrom_attention", "O(T m D)", "-", "-")
     causal = False
+    facts = Facts(no_decay=("conv_weight",))
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class NystromAttention(SoftmaxLayer):
         self.conv_weight = None
         if d_conv is not None:
             bound = d_conv**-0.5
-            self.conv_weight = no_weight_decay(nn.Parameter(torch.empty(self.n_heads, d_conv).uniform_(-bound, bound)))
+            self.conv_weight = nn.Parameter(torch.empty(self.n_heads, d_conv).uniform_(-bound, bound))
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: Any = None, cu_seqlens: Int[Tensor, "M"] | None = None

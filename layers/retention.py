@@ -12,10 +12,10 @@ from subquad.kernels.packing import advance, mask_padding
 from subquad.kernels.state import Count, Recurrent, accumulator_dtype
 from subquad.layers.base import (
     Card,
+    Facts,
     Layer,
     check_divides,
     default_head_dim,
-    residual_linear,
     state_dtype,
 )
 from subquad.layers.norms import GroupNorm
@@ -43,6 +43,7 @@ class Retention(Layer):
 
     card = Card("Sun et al. 2023, arXiv:2307.08621", "linear_attention", "O(T D V)", "O(D V)", "D V")
     min_width = 2
+    facts = Facts(residual=("o_proj",))
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Retention(Layer):
         self.v_proj = nn.Linear(d_model, inner, bias=False)
         self.z_proj = nn.Linear(d_model, inner, bias=False)
         self.norm = GroupNorm(inner, n_heads, eps=norm_eps, affine="none")
-        self.o_proj = residual_linear(inner, d_model)
+        self.o_proj = nn.Linear(inner, d_model, bias=False)
 
     def forward(
         self,

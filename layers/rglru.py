@@ -13,12 +13,11 @@ from subquad.kernels.short_conv import short_conv
 from subquad.kernels.state import Count, Recurrent, accumulator_dtype
 from subquad.layers.base import (
     Card,
+    Facts,
     Layer,
     check_divides,
     conv_weight,
     default_head_dim,
-    no_weight_decay,
-    residual_linear,
     state_dtype,
 )
 
@@ -47,6 +46,7 @@ class RGLRU(Layer):
     """
 
     card = Card("De et al. 2024, arXiv:2402.19427", "scan", "O(T D'^2 / H)", "O(D'^2 / H)", "D' W")
+    facts = Facts(no_decay=("conv_weight", "gate_bias", "decay"), float32=("decay",), residual=("o_proj",))
 
     def __init__(
         self,
@@ -68,11 +68,11 @@ class RGLRU(Layer):
         self.conv_weight, self.conv_bias = conv_weight(inner, d_conv, conv_bias)
         block = inner // self.n_heads
         self.gate_weight = nn.Parameter(torch.randn(2, self.n_heads, block, block) * block**-0.5)
-        self.gate_bias = no_weight_decay(nn.Parameter(torch.zeros(2, inner)))
+        self.gate_bias = nn.Parameter(torch.zeros(2, inner))
         # softplus(decay) = -log(a^(1/r)) / 8, inverted.
         rate = -torch.empty(inner).uniform_(*decay_range).log() / DECAY_SCALE
-        self.decay = no_weight_decay(nn.Parameter(rate.expm1().log()))
-        self.o_proj = residual_linear(inner, d_model, bias=bias)
+        self.decay = nn.Parameter(rate.expm1().log())
+        self.o_proj = nn.Linear(inner, d_model, bias=bias)
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: RGLRUState | None = None, cu_seqlens: Int[Tensor, "M"] | None = None

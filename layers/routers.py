@@ -11,6 +11,7 @@ from subquad.errors import UserError
 from subquad.kernels.packing import sequence_ids
 from subquad.kernels.state import accumulator_dtype
 from subquad.kernels.wrapping import full_precision
+from subquad.layers.base import Facts
 
 
 class Choice(NamedTuple):
@@ -33,6 +34,7 @@ class Router(nn.Linear):
     """
 
     balance_bias: Tensor | None
+    facts = Facts(float32=("balance_bias",))
 
     def __init__(
         self,

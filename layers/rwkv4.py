@@ -12,7 +12,7 @@ from subquad.kernels.running_max import running_max
 from subquad.kernels.scan import scan
 from subquad.kernels.short_conv import shift
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Layer, no_weight_decay, residual_linear, state_dtype
+from subquad.layers.base import Card, Facts, Layer, state_dtype
 from subquad.layers.rwkv_parts import TokenShift, initial_decay
 
 LOWEST = -1e38  # of the running maximum: finite in float32, with every decay added to it
@@ -40,6 +40,7 @@ class RWKV4(Layer):
     """
 
     card = Card("Peng et al. 2023, arXiv:2305.13048", "scan", "O(T D')", "O(D')", "3 D' + D")
+    facts = Facts(no_decay=("decay", "bonus"), float32=("decay",), residual=("o_proj",))
 
     def __init__(self, d_model: int, *, expand: float = 1.0, layer_idx: int = 0, n_layers: int = 1):
         super().__init__()
@@ -47,13 +48,13 @@ class RWKV4(Layer):
         self.inner = inner
         place = {"layer_idx": layer_idx, "n_layers": n_layers}
         self.token_shift = TokenShift(d_model, [0.5, 1.0, 1.0], lifts=[0.0, 0.0, 0.3], **place)
-        self.decay = no_weight_decay(nn.Parameter(initial_decay(inner, low=-5.0, span=8.0, **place)))
+        self.decay = nn.Parameter(initial_decay(inner, low=-5.0, span=8.0, **place))
         zigzag = 0.5 * ((torch.arange(inner) + 1) % 3 - 1)
-        self.bonus = no_weight_decay(nn.Parameter(log(0.3) + zigzag))
+        self.bonus = nn.Parameter(log(0.3) + zigzag)
         self.r_proj = nn.Linear(d_model, inner, bias=False)
         self.k_proj = nn.Linear(d_model, inner, bias=False)
         self.v_proj = nn.Linear(d_model, inner, bias=False)
-        self.o_proj = residual_linear(inner, d_model)
+        self.o_proj = nn.Linear(inner, d_model, bias=False)
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: RWKV4State | None = None, cu_seqlens: Int[Tensor, "M"] | None = None

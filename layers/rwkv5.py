@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from subquad.kernels.state import accumulator_dtype
-from subquad.layers.base import Card, no_weight_decay
+from subquad.layers.base import Card, Facts
 from subquad.layers.rwkv_parts import MatrixWKV, TokenShift, initial_decay
 
 
@@ -22,6 +22,7 @@ class RWKV5(MatrixWKV):
     """
 
     card = Card("Peng et al. 2024, arXiv:2404.05892", "linear_attention", "O(T D K)", "O(D K)", "D K + D")
+    facts = Facts(no_decay=("w",), float32=("w",))
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class RWKV5(MatrixWKV):
             d_model, (0.5, 1.0, 1.0, 0.5), lifts=(0.0, 0.0, 0.3, 0.0), layer_idx=layer_idx, n_layers=n_layers
         )
         w = initial_decay(d_model, layer_idx, n_layers).unflatten(0, (self.n_heads, -1))
-        self.w = no_weight_decay(nn.Parameter(w))
+        self.w = nn.Parameter(w)
 
     def log_decay(self, *streams: Tensor) -> Tensor:
         return -self.w.to(accumulator_dtype(self.w.dtype)).exp()

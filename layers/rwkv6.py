@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from subquad.kernels.short_conv import shift
 from subquad.kernels.state import accumulator_dtype
-from subquad.layers.base import Card, own_init
+from subquad.layers.base import Card, Facts
 from subquad.layers.rwkv_parts import LowRank, MatrixWKV, TokenShift, initial_decay
 
 
@@ -16,6 +16,8 @@ class DataDependentShift(TokenShift):
 
     `mu` [1 + S, D] holds that one first. rank: R of A_s [D, R] (zero at first) and B_s [R, D].
     """
+
+    facts = Facts(keeps_init=("down",))
 
     def __init__(
         self,
@@ -28,7 +30,7 @@ class DataDependentShift(TokenShift):
         n_layers: int = 1,
     ):
         super().__init__(d_model, (1.0, *powers), lifts=(0.0, *lifts), layer_idx=layer_idx, n_layers=n_layers)
-        self.down = own_init(nn.Linear(d_model, len(powers) * rank, bias=False))
+        self.down = nn.Linear(d_model, len(powers) * rank, bias=False)
         nn.init.zeros_(self.down.weight)
         self.up = nn.Parameter(torch.empty(len(powers), rank, d_model).uniform_(-0.01, 0.01))
 

@@ -13,11 +13,10 @@ from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import accumulator_dtype
 from subquad.layers.base import (
     Card,
+    Facts,
     Layer,
     check_divides,
     default_head_dim,
-    no_weight_decay,
-    residual_linear,
     state_dtype,
 )
 from subquad.layers.norms import GroupNorm, l2_normalize
@@ -49,6 +48,7 @@ class RWKV7(Layer):
     """
 
     card = Card("Peng et al. 2025, arXiv:2503.14456", "dplr_rule", "O(T D K)", "O(D K)", "D K + D")
+    facts = Facts(no_decay=("k_unit", "k_rate", "bonus"), residual=("o_proj",))
 
     def __init__(
         self,
@@ -79,11 +79,11 @@ class RWKV7(Layer):
         self.z_proj = LowRank(d_model, gate_rank or _rank(0.6 * d_model**0.8), d_model, activation="sigmoid")
         if not self.is_first:
             self.mix_proj = LowRank(d_model, value_rank or _rank(1.3 * half), d_model, bias=torch.ones(d_model))
-        self.k_unit = no_weight_decay(nn.Parameter(torch.full((d_model,), 0.85)))
-        self.k_rate = no_weight_decay(nn.Parameter(torch.ones(d_model)))
-        self.bonus = no_weight_decay(nn.Parameter(torch.zeros(self.n_heads, self.head_dim)))
+        self.k_unit = nn.Parameter(torch.full((d_model,), 0.85))
+        self.k_rate = nn.Parameter(torch.ones(d_model))
+        self.bonus = nn.Parameter(torch.zeros(self.n_heads, self.head_dim))
         self.norm = GroupNorm(d_model, self.n_heads, eps=norm_eps)
-        self.o_proj = residual_linear(d_model, d_model)
+        self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent
-from subquad.layers.base import Card, Layer, residual_linear, state_dtype
+from subquad.layers.base import Card, Facts, Layer, state_dtype
 from subquad.layers.mlp import hidden_width
 from subquad.layers.rwkv_parts import TokenShift
 
@@ -32,6 +32,7 @@ class RWKVChannelMix(Layer):
 
     card = Card("Peng et al. 2023, arXiv:2305.13048", "shift", "O(T D F)", "O(D F)", "D")
     kind = "ffn"
+    facts = Facts(residual=("down_proj",))
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class RWKVChannelMix(Layer):
         d_ff = hidden_width(d_model, expand, d_ff)
         self.mix = TokenShift(d_model, [1.0] * (2 if gated else 1), layer_idx=layer_idx, n_layers=n_layers)
         self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = residual_linear(d_ff, d_model)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
         self.r_proj = nn.Linear(d_model, d_model, bias=False) if gated else None
 
     def forward(

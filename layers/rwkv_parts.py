@@ -16,17 +16,15 @@ from subquad.kernels.packing import mask_padding
 from subquad.kernels.short_conv import shift
 from subquad.kernels.state import Recurrent, accumulator_dtype
 from subquad.layers.base import (
+    Facts,
     Layer,
     check_divides,
     default_head_dim,
-    no_weight_decay,
-    own_init,
-    residual_linear,
     state_dtype,
 )
 from subquad.layers.norms import GroupNorm
 
-ACTIVATIONS = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
 class TokenShift(nn.Module):
@@ -36,6 +34,8 @@ class TokenShift(nn.Module):
 
     powers: p_s, one a stream. lifts: lift_s, zero by default.
     """
+
+    facts = Facts(no_decay=("mu",))
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class TokenShift(nn.Module):
         channel = torch.arange(d_model) / d_model
         lift = torch.tensor(lifts or [0.0] * len(powers))[:, None] * relative_depth(layer_idx, n_layers)
         mu = 1 - channel ** (torch.tensor(powers)[:, None] * (1 - layer_idx / n_layers)) - lift
-        self.mu = no_weight_decay(nn.Parameter(mu))
+        self.mu = nn.Parameter(mu)
 
     def forward(
         self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
@@ -66,6 +66,8 @@ class LowRank(nn.Module):
     activation: "none", "tanh" or "sigmoid". bias: initial values [width], None for no bias.
     """
 
+    facts = Facts(float32=("bias",), keeps_init=("down", "up"))
+
     def __init__(
         self,
         d_model: int,
@@ -76,12 +78,12 @@ class LowRank(nn.Module):
         bias: Tensor | None = None,
     ):
         super().__init__()
-        self.down = own_init(nn.Linear(d_model, rank, bias=False))
-        self.up = own_init(nn.Linear(rank, width, bias=False))
+        self.down = nn.Linear(d_model, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
         nn.init.zeros_(self.down.weight)
         nn.init.uniform_(self.up.weight, -0.01, 0.01)
-        self.activation = ACTIVATIONS[activation]
-        self.bias = None if bias is None else no_weight_decay(nn.Parameter(bias))
+        self.activation = ACTIVATIONS[activation]()
+        self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         # The bias is added outside of the product, so that autocast leaves it in float32.
@@ -118,6 +120,7 @@ class MatrixWKV(Layer):
     """
 
     token_shift: nn.Module
+    facts = Facts(no_decay=("bonus",), residual=("o_proj",))
 
     def __init__(self, d_model: int, head_dim: int | None, layer_idx: int, n_layers: int, norm_eps: float):
         super().__init__()
@@ -126,9 +129,9 @@ class MatrixWKV(Layer):
         self.n_heads = d_model // self.head_dim
         self.r_proj, self.k_proj, self.v_proj, self.z_proj = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
         bonus = initial_bonus(d_model, layer_idx, n_layers).unflatten(0, (self.n_heads, -1))
-        self.bonus = no_weight_decay(nn.Parameter(bonus))
+        self.bonus = nn.Parameter(bonus)
         self.norm = GroupNorm(d_model, self.n_heads, eps=norm_eps)
-        self.o_proj = residual_linear(d_model, d_model)
+        self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
     def log_decay(self, *streams: Tensor) -> Tensor:
         """g <= 0, [H, K] or [B, T, H, K], at least float32."""

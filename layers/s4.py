@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from subquad.layers.base import Card, no_weight_decay
+from subquad.layers.base import Card, Facts
 from subquad.layers.state_space import StateSpace, as_complex, hippo_legs, hippo_normal, log_step, real_pair
 
 
@@ -22,13 +22,16 @@ class S4(StateSpace):
     """
 
     card = Card("Gu et al. 2022, arXiv:2111.00396", "lti", "O(T D (N + D))", "O(D (N + D))", "D N")
+    facts = Facts(
+        no_decay=("decay_log", "frequency", "P", "B", "log_dt"), float32=("decay_log", "frequency", "P", "log_dt")
+    )
 
     def __init__(self, d_model: int, *, d_state: int = 64, dt_min: float = 1e-3, dt_max: float = 0.1):
         super().__init__(d_model, d_state)
         w, V, P = hippo_normal(d_state)
         into = V.mH.to(torch.complex128)
-        self.decay_log = no_weight_decay(nn.Parameter((-w.real).log().float().repeat(d_model, 1)))
-        self.frequency = no_weight_decay(nn.Parameter(w.imag.float().repeat(d_model, 1)))
+        self.decay_log = nn.Parameter((-w.real).log().float().repeat(d_model, 1))
+        self.frequency = nn.Parameter(w.imag.float().repeat(d_model, 1))
         self.P = real_pair((into @ P.to(into.dtype)).repeat(d_model, 1))
         self.B = real_pair((into @ hippo_legs(d_state)[1].to(into.dtype)).repeat(d_model, 1))
         self.log_dt = log_step(d_model, dt_min, dt_max)

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from subquad.layers.base import Card, no_weight_decay
+from subquad.layers.base import Card, Facts
 from subquad.layers.state_space import Discretization, StateSpace, as_complex, discretize, hippo_normal, log_step
 
 
@@ -28,6 +28,7 @@ class S4D(StateSpace):
     """
 
     card = Card("Gu et al. 2022, arXiv:2206.11893", "lti", "O(T D (N + D))", "O(D (N + D))", "D N")
+    facts = Facts(no_decay=("decay_log", "frequency", "log_dt"), float32=("decay_log", "frequency", "log_dt"))
 
     def __init__(
         self,
@@ -47,8 +48,8 @@ class S4D(StateSpace):
             "lin": lambda: pi * n,
         }[init]()
         self.discretization: Discretization = discretization
-        self.decay_log = no_weight_decay(nn.Parameter(torch.full((d_model, self.n_modes), 0.5).log()))
-        self.frequency = no_weight_decay(nn.Parameter(frequency.repeat(d_model, 1)))
+        self.decay_log = nn.Parameter(torch.full((d_model, self.n_modes), 0.5).log())
+        self.frequency = nn.Parameter(frequency.repeat(d_model, 1))
         self.log_dt = log_step(d_model, dt_min, dt_max)
 
     def system(self) -> dict[str, Tensor]:

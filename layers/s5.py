@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.scan import scan
 from subquad.kernels.state import accumulator_dtype
-from subquad.layers.base import Card, Layer, check_divides, no_weight_decay, state_dtype
+from subquad.layers.base import Card, Facts, Layer, check_divides, state_dtype
 from subquad.layers.state_space import (
     Discretization,
     StateSpaceState,
@@ -38,6 +38,9 @@ class S5(Layer):
     """
 
     card = Card("Smith et al. 2023, arXiv:2208.04933", "scan", "O(T D (N + D))", "O(D (N + D))", "N")
+    facts = Facts(
+        no_decay=("decay_log", "frequency", "B", "C", "skip", "log_dt"), float32=("decay_log", "frequency", "log_dt")
+    )
 
     def __init__(
         self,
@@ -56,11 +59,11 @@ class S5(Layer):
         V = torch.block_diag(*[V] * n_blocks)  # [N, N / 2]
         B, C = (torch.randn(d_state, d_model, dtype=torch.float64) * fan_in**-0.5 for fan_in in (d_model, d_state))
         self.discretization: Discretization = discretization
-        self.decay_log = no_weight_decay(nn.Parameter((-w.real).log().float().repeat(n_blocks)))
-        self.frequency = no_weight_decay(nn.Parameter(w.imag.float().repeat(n_blocks)))
+        self.decay_log = nn.Parameter((-w.real).log().float().repeat(n_blocks))
+        self.frequency = nn.Parameter(w.imag.float().repeat(n_blocks))
         self.B = real_pair(V.mH @ B.to(V.dtype))  # [N / 2, D, 2]
         self.C = real_pair(V.mT @ C.to(V.dtype))
-        self.skip = no_weight_decay(nn.Parameter(torch.randn(d_model)))
+        self.skip = nn.Parameter(torch.randn(d_model))
         self.log_dt = log_step(d_state // 2, dt_min, dt_max)
         self.gate_proj = nn.Linear(d_model, d_model)
 

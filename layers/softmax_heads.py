@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.packing import mask_padding
-from subquad.layers.base import Layer, check_divides, default_head_dim, residual_linear, state_dtype
+from subquad.layers.base import Facts, Layer, check_divides, default_head_dim, state_dtype
 from subquad.layers.rotary import rotary_angles, rotate
 
 
@@ -16,6 +16,7 @@ class SoftmaxLayer(Layer):
     state.count."""
 
     min_width = 2
+    facts = Facts(residual=("o_proj",))
 
     def build_heads(
         self,
@@ -46,7 +47,7 @@ class SoftmaxLayer(Layer):
         self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = residual_linear(n_heads * self.head_dim, d_model, bias=out_bias)
+        self.o_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=out_bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K] and k, v [B, T, G, K], normed where the layer has norms, without positions."""

@@ -11,7 +11,7 @@ from subquad.errors import UserError
 from subquad.kernels.lti import lti
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Layer, no_weight_decay, residual_linear, state_dtype
+from subquad.layers.base import Facts, Layer, state_dtype
 
 Discretization = Literal["zoh", "bilinear"]
 
@@ -49,12 +49,12 @@ def even(owner: object, d_state: int) -> int:
 def log_step(n: int, dt_min: float, dt_max: float) -> nn.Parameter:
     """Logarithms of step sizes, uniform between those of dt_min and dt_max."""
     low, high = torch.tensor([dt_min, dt_max]).log()
-    return no_weight_decay(nn.Parameter(low + (high - low) * torch.rand(n)))
+    return nn.Parameter(low + (high - low) * torch.rand(n))
 
 
 def real_pair(z: Tensor) -> nn.Parameter:
     """A complex parameter as real numbers [.., 2], so that it takes part in every cast of the layer."""
-    return no_weight_decay(nn.Parameter(torch.view_as_real(z.resolve_conj()).float()))
+    return nn.Parameter(torch.view_as_real(z.resolve_conj()).float())
 
 
 def as_complex(pair: Tensor) -> Tensor:
@@ -77,12 +77,14 @@ class StateSpace(Layer):
     A layer built on it gives `system()`, the arguments of `lti` after u in complex128.
     """
 
+    facts = Facts(no_decay=("C", "skip"), residual=("out_proj",))
+
     def __init__(self, d_model: int, d_state: int):
         super().__init__()
         self.n_modes = even(self, d_state) // 2
         self.C = real_pair(torch.randn(d_model, self.n_modes, dtype=torch.complex64))
-        self.skip = no_weight_decay(nn.Parameter(torch.randn(d_model)))
-        self.out_proj = residual_linear(d_model, 2 * d_model, bias=True)
+        self.skip = nn.Parameter(torch.randn(d_model))
+        self.out_proj = nn.Linear(d_model, 2 * d_model, bias=True)
 
     def system(self) -> dict[str, Tensor]:
         raise NotImplementedError

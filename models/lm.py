@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from subquad.errors import UserError
+from subquad.layers.base import covers, declared
 from subquad.layers.build import build_layer
 from subquad.layers.norms import GroupNorm, RMSNorm
 from subquad.models.config import LMConfig
@@ -122,6 +123,7 @@ class LM(nn.Module):
         self.norm = make_norm()
         self.head = nn.Linear(d, config.vocab_size, bias=False)
         self.tie_weights()
+        self.register_load_state_dict_post_hook(_tie)
         self.checkpoint_activations = False  # recompute each block in the backward pass
         self.reset_parameters()
 
@@ -133,9 +135,15 @@ class LM(nn.Module):
         return cls(config if isinstance(config, LMConfig) else LMConfig.from_dict(config))
 
     def tie_weights(self) -> None:
-        """Make the head use the embedding's weights, where the configuration says so."""
-        if self.config.tie_embeddings:
+        """Make the head use the embedding's weights, where the configuration says so and both hold them themselves."""
+        if self.config.tie_embeddings and all("weight" in part._parameters for part in (self.embedding, self.head)):
             self.head.weight = self.embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LM":
+        """What .to and its kin call; tensors made anew, as those of the meta device are, are tied again."""
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
 
     def reset_parameters(self) -> None:
         """Normal weights of one small scale, those into the residual stream divided by sqrt(2 n_layers) (GPT-2).
@@ -145,13 +153,12 @@ class LM(nn.Module):
         """
         std = self.config.init_std or sqrt(2 / (5 * self.config.d_model))
         depth_scale = 1 / sqrt(2 * len(self.blocks))
-        for module in self.modules():
-            if getattr(module, "keeps_init", False):
+        kept, residual = declared(self, "keeps_init"), declared(self, "residual")
+        for name, module in self.named_modules():
+            if covers(kept, name):
                 continue
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(
-                    module.weight, std=std * (depth_scale if getattr(module, "scales_residual", False) else 1)
-                )
+                nn.init.normal_(module.weight, std=std * (depth_scale if covers(residual, name) else 1))
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(method := getattr(module, "init_weights", None), MethodType):
@@ -204,6 +211,11 @@ class LM(nn.Module):
     def n_parameters(self) -> int:
         """Trained values, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _tie(model: LM, keys: Any) -> None:
+    """After a state dict was loaded: assigned tensors are new ones."""
+    model.tie_weights()
 
 
 def last_tokens(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

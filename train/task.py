@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unfl
 
 from subquad.errors import UserError
 from subquad.kernels.state import accumulator_dtype
+from subquad.layers.base import parameters_with
 from subquad.layers.routers import count_loads, update_balance_biases
 from subquad.models.config import LMConfig
 from subquad.models.lm import LM, LMState
@@ -29,7 +30,7 @@ class LanguageModeling(LightningModule):
         warmup_steps: steps over which it rises from 0; then it falls as a cosine to min_lr_ratio * lr at the last step.
         min_lr_ratio: see warmup_steps.
         weight_decay: of matrices and filters. Norms, biases, embeddings (and with them a tied head) and what a layer
-            marks (decay rates, step sizes, gates) are not decayed.
+            declares (decay rates, step sizes, gates) are not decayed.
         betas: of AdamW.
         checkpoint_activations: recompute each block in the backward pass instead of keeping what it computed.
     """
@@ -168,10 +169,11 @@ class LanguageModeling(LightningModule):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW: decayed and not (norms, biases, embeddings, tied heads, what layers mark)."""
-    embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    """Two groups for AdamW: decayed and not (norms, biases, embeddings, tied heads, what layers declare)."""
+    spared = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    names = parameters_with(model, "no_decay")
+    spared |= {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
     decayed, kept = [], []
     for parameter in (p for p in model.parameters() if p.requires_grad):
-        marked = getattr(parameter, "_no_weight_decay", False) or id(parameter) in embedded
-        (kept if marked or parameter.dim() < 2 else decayed).append(parameter)
+        (kept if id(parameter) in spared or parameter.dim() < 2 else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

@@ -8,7 +8,7 @@ from lightning import Trainer
 from torch import nn
 
 from subquad.errors import UserError
-from subquad.layers.base import no_weight_decay
+from subquad.layers.base import parameters_with
 from subquad.models.config import LMConfig
 from subquad.train.data import TextData
 from subquad.train.rows import IGNORED, Batch
@@ -83,17 +83,10 @@ def test_weight_decay_spares_what_it_should():
     assert decayed | kept == set(names.values()) and not decayed & kept
     for name in kept:
         parameter = module.lm.get_parameter(name)
-        assert parameter.dim() < 2 or "embedding" in name or parameter._no_weight_decay
+        assert parameter.dim() < 2 or "embedding" in name or name in parameters_with(module.lm, "no_decay")
     assert {"embedding.weight", "norm.weight", "blocks.0.mixer_norm.weight"} <= kept
     assert any("A_log" in name for name in kept) and any("dt_bias" in name for name in kept)
     assert {"blocks.0.ffn.down_proj.weight", "blocks.1.mixer.q_proj.weight"} <= decayed
-
-
-def test_weight_decay_heeds_a_layers_mark():
-    module = nn.Linear(4, 4, bias=False)
-    assert parameter_groups(module, 0.1)[0]["params"]
-    no_weight_decay(module.weight)
-    assert not parameter_groups(module, 0.1)[0]["params"]
 
 
 def test_learning_rate_rises_then_falls_as_a_cosine():
