@@ -166,7 +166,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, do, dS, *_):
     q, k, v, beta, g, S, cu_seqlens, *kept = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
-    dS = None if S is None else dS
+    dS = None if S is None else accumulating(dS)
     found = delta_rule_triton_backward(do, dS, q, k, v, beta, g, S, cu_seqlens, *kept)
     inputs = (q, k, v, beta, g, S)
     return (*(x if given is not None else None for x, given in zip(found, inputs, strict=True)), None, None)

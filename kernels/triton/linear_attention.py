@@ -201,8 +201,7 @@ def _backward(ctx, do, dden, dS, dz, _):
         do = torch.zeros_like(v)
     if ctx.normalized and dden is None:
         dden = v.new_zeros(v.shape[:3], dtype=torch.float32)
-    if S is None:
-        dS = dz = None
+    dS, dz = (None, None) if S is None else (accumulating(dS), accumulating(dz))
     found = linear_attention_triton_backward(
         do, dden if ctx.normalized else None, dS, dz if ctx.normalized else None, q, k, v, g, S, z, cu_seqlens,
         ctx.exclusive, *after, of_gate,

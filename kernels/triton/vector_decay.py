@@ -109,7 +109,7 @@ def _backward(ctx, do, dS, *_):
     q, k, v, g, S, bonus, cu_seqlens, *kept = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dS = None if S is None else dS
-    found = vector_decay_backward(do, dS, q, k, v, g, S, bonus, cu_seqlens, ctx.exclusive, *kept)
+    found = vector_decay_backward(do, accumulating(dS), q, k, v, g, S, bonus, cu_seqlens, ctx.exclusive, *kept)
     dq, dk, dv, dg, dS0, dbonus = found
     return dq, dk, dv, dg, None if S is None else dS0, None if bonus is None else dbonus, None, None, None
 
