@@ -34,6 +34,14 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     form: Callable[..., Any]  # the one that ran
+    unfit: str | None = None  # why the Triton form cannot take these inputs, if so
+
+    @property
+    def on_gpu(self) -> str:
+        """The form that a GPU would run of this call, in any dtype but float64: "triton", or "torch" and why."""
+        if "triton" not in self.forms:
+            return "torch: there is no Triton form"
+        return "triton" if self.unfit is None else f"torch: the Triton form does not take {self.unfit}"
 
 
 _calls: list[Call] | None = None
@@ -79,7 +87,7 @@ def pick(
     compute in, take the torch form by rule.
     """
     form = _choose(op, forms, like, unfit)
-    return form if _calls is None else _recorded(op, forms, form)
+    return form if _calls is None else _recorded(op, forms, form, unfit)
 
 
 @contextmanager
@@ -96,12 +104,14 @@ def recorded_calls(instead: Callable[[Call], Any] | None = None) -> Iterator[lis
         _calls, _instead = before
 
 
-def _recorded(op: str, forms: Mapping[str, Callable[..., Any]], form: Callable[..., Any]) -> Callable[..., Any]:
+def _recorded(
+    op: str, forms: Mapping[str, Callable[..., Any]], form: Callable[..., Any], unfit: str | None
+) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         global _calls
         calls, _calls = _calls, None
         try:
-            made = Call(op, forms, args, kwargs, form)
+            made = Call(op, forms, args, kwargs, form, unfit)
             if calls is not None:
                 calls.append(made)
             return form(*args, **kwargs) if _instead is None else _instead(made)

@@ -48,7 +48,7 @@ def delta_rule(
     H, G = v.shape[3], q.shape[2]
     if H % G:
         raise UserError(f"delta_rule: {G} heads of q and k do not divide the {H} heads of v")
-    form = pick("delta_rule", _FORMS, v, too_wide(q, v))
+    form = pick("delta_rule", _FORMS, v, too_wide(q))
     with full_precision(v):
         out, last = form(q, k, v, beta, expand_decay(decay, v[:, :, 0]), state, cu_seqlens)
     return out, None if state is None else commit(state, last)

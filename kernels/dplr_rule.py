@@ -39,7 +39,7 @@ def dplr_rule(
     Cost: O(T H (K V + C (K + V))) to train with chunks of C, O(H K V) a decoded token, state H K V.
     """
     check_packed(v, cu_seqlens)
-    form = pick("dplr_rule", _FORMS, v, too_wide(q, v))
+    form = pick("dplr_rule", _FORMS, v, too_wide(q))
     with full_precision(v):
         out, last = form(q, k, v, a, b, expand_decay(decay, v), state, cu_seqlens)
     return out, None if state is None else commit(state, last)

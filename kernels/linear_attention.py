@@ -11,7 +11,7 @@ from subquad.kernels.backend import pick, register
 from subquad.kernels.chunked import Decay, Query, chunk_size, decayed_products, decayed_scores
 from subquad.kernels.packing import Chunks, check_packed
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, in_pieces, too_wide
+from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, in_pieces
 
 LinearState = Tensor | tuple[Tensor, Tensor]
 
@@ -47,7 +47,7 @@ def linear_attention(
     Second derivatives: the naive form's; elsewhere an error, or autograd's where the form is made of plain torch.
     """
     _check(q, k, v, decay, exclusive, bonus, causal, state, cu_seqlens)
-    form = pick("linear_attention", _FORMS, v, too_wide(q, v))
+    form = pick("linear_attention", _FORMS, v)
     has_z = normalizer is not None
     S, z = state if isinstance(state, tuple) else (state, None)
     if not causal:

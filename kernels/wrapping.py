@@ -12,6 +12,7 @@ from subquad.errors import UserError
 from subquad.kernels.state import accumulator_dtype
 
 PIECE = 2048  # tokens
+WIDEST = 256  # columns of a head that the matrix states' Triton kernels hold; triton/wide.py splits wider ones
 
 
 def full_precision(like: Tensor) -> AbstractContextManager:
@@ -41,10 +42,9 @@ def expand_decay(decay: Tensor | None, v: Tensor) -> Tensor | None:
     return g
 
 
-def too_wide(q: Tensor, v: Tensor) -> str | None:
-    """Why the Triton form of a matrix-state op cannot take these, if so."""
-    widest = max(q.shape[-1], v.shape[-1])
-    return f"a width of {widest}, above 256" if widest > 256 else None
+def too_wide(q: Tensor) -> str | None:
+    """Why the Triton form of a delta rule, whose transition mixes all of a key, cannot take these, if so."""
+    return f"keys of width {q.shape[-1]}, above {WIDEST}" if q.shape[-1] > WIDEST else None
 
 
 def by_sequence(

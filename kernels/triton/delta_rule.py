@@ -23,6 +23,7 @@ from subquad.kernels.triton.segments import (
 from subquad.kernels.triton.step import few, step
 from subquad.kernels.triton.tape import taped
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, nothing, sum_heads
+from subquad.kernels.triton.wide import n_parts, of_heads, of_values
 
 
 def form(q, k, v, beta, g, S, cu_seqlens):
@@ -30,6 +31,9 @@ def form(q, k, v, beta, g, S, cu_seqlens):
     R = v.shape[2]
     if in_place(S) and few(q, cu_seqlens):
         return delta_rule_step_(q, k, v, beta, g, S, cu_seqlens), S
+    if (n := n_parts(v.shape[4])) > 1:
+        beta, g = of_heads(beta, n, 3), of_heads(g, n, 2)
+        return of_values(lambda values, S: form(q, k, values, beta, g, S, cu_seqlens), n, v, S)
     if R > 1:  # a row a factor, of which the first decays and the last is read
         q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, R - 1, 0)).flatten(1, 2)
         if g is not None:

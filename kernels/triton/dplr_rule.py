@@ -22,6 +22,7 @@ from subquad.kernels.triton.segments import (
 from subquad.kernels.triton.step import few, step
 from subquad.kernels.triton.tape import taped
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, nothing
+from subquad.kernels.triton.wide import n_parts, of_heads, of_values
 
 
 def form(q, k, v, a, b, g, S, cu_seqlens):
@@ -30,6 +31,9 @@ def form(q, k, v, a, b, g, S, cu_seqlens):
         g = g[..., None].expand(*g.shape, q.shape[3])
     if in_place(S) and few(q, cu_seqlens):
         return dplr_rule_step_(q, k, v, a, b, g, S, cu_seqlens), S
+    if (n := n_parts(v.shape[3])) > 1:
+        q, k, a, b, g = (of_heads(x, n, 2) for x in (q, k, a, b, g))
+        return of_values(lambda values, S: form(q, k, values, a, b, g, S, cu_seqlens), n, v, S)
     if g is None:
         g = torch.zeros((), device=q.device).expand(q.shape)
     q, k, a, b = (x.to(v.dtype) for x in (q, k, a, b))  # autocast leaves some in float32; products round them anyway

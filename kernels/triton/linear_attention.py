@@ -12,6 +12,7 @@ from subquad.kernels.triton.step import few, step
 from subquad.kernels.triton.tape import taped
 from subquad.kernels.triton.tiles import accumulating, in_place, new_state, rows, sum_heads
 from subquad.kernels.triton.vector_decay import vector_decay
+from subquad.kernels.triton.wide import n_parts, of_heads, of_keys, of_values
 
 
 def form(q, k, v, g, S, z, normalized, exclusive, bonus, cu_seqlens):
@@ -19,6 +20,21 @@ def form(q, k, v, g, S, z, normalized, exclusive, bonus, cu_seqlens):
     if in_place(S, z) and few(q, cu_seqlens):
         out, den = linear_attention_step_(q, k, v, g, S, z, bonus, cu_seqlens, exclusive)
         return out, den if normalized else None, S, z
+    if (n := n_parts(v.shape[3])) > 1:
+        g, bonus, repeated = of_heads(g, n, 2), of_heads(bonus, n, 0), of_heads(z, n, 1)
+
+        def columns(values, S):
+            out, den, last, z_last = form(q, k, values, g, S, repeated, normalized, exclusive, bonus, cu_seqlens)
+            return out, last, den, z_last
+
+        out, last, den, z_last = of_values(columns, n, v, S)
+        return out, None if den is None else den[..., ::n], last, None if z_last is None else z_last[:, ::n]
+    if (n := n_parts(q.shape[3])) > 1:
+
+        def part(q, k, v, g, S, z, bonus):
+            return form(q, k, v, g, S, z, normalized, exclusive, bonus, cu_seqlens)
+
+        return of_keys(part, n, q, k, v, g, S, z, bonus)
     if g is not None and g.dim() == 4:
         if normalized:
             raise UserError("linear_attention: the Triton form has no normalizer with a decay for every channel")

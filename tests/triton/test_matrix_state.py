@@ -1,5 +1,7 @@
 """The Triton forms of linear_attention, delta_rule and dplr_rule against their definitions, as users call them."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from subquad.kernels.delta_rule import delta_rule
 from subquad.kernels.dplr_rule import dplr_rule
 from subquad.kernels.examples import differences, examples
 from subquad.kernels.linear_attention import linear_attention
-from subquad.kernels.triton import segments
+from subquad.kernels.triton import segments, wide
 
 pytestmark = pytest.mark.unchecked
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -249,3 +251,88 @@ def test_past_2_to_the_31_elements():
         out, _ = linear_attention(q, k, v)
         short, _ = linear_attention(*tail)
     assert (out[:, -100:] - short).float().norm() < 1e-2 * short.float().norm()
+
+
+# Heads wider than the kernels' tiles, which the forms split.
+
+CU_SEQLENS = (0, 9, 9, 27)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Tiles of 16 columns, so that small heads count as wide."""
+    monkeypatch.setattr(wide, "WIDEST", 16)
+
+
+@pytest.mark.parametrize(
+    ("width", "parts"), [(1, 1), (256, 1), (257, 3), (273, 3), (320, 3), (500, 2), (512, 2), (1024, 4), (2048, 8)]
+)
+def test_parts_fill_their_tiles(width, parts):
+    assert wide.n_parts(width) == parts
+
+
+@pytest.mark.parametrize(
+    ("op", "gate", "K", "V", "packed"),
+    [
+        ("linear_attention", "scalar", 20, 23, True),
+        ("linear_attention", "vector", 21, 24, False),
+        ("delta_rule", "scalar", 16, 37, True),
+        ("dplr_rule", "vector", 16, 33, False),
+    ],
+)
+def test_wide_heads_give_outputs_states_and_gradients(narrow, op, gate, K, V, packed):
+    T = CU_SEQLENS[-1] if packed else 20
+    inputs = inputs_of(op, T, G=2, H=4, K=K, V=V, gate=gate)
+    cu_seqlens = torch.tensor(CU_SEQLENS, dtype=torch.int32, device=DEVICE) if packed else None
+    agree(op, inputs, state=draw(len(CU_SEQLENS) - 1 if packed else 1, 4, K, V), cu_seqlens=cu_seqlens)
+
+
+def test_wide_heads_with_a_normaliser(narrow):
+    q, k, v, g = inputs_of("linear_attention", 20, G=2, H=4, K=24, V=24, gate="scalar")
+    q, k, S, z = F.softplus(q), F.softplus(k), draw(1, 4, 24, 24), F.softplus(draw(1, 4, 24))
+    found = []
+    for form, dtype in (("triton", torch.float32), ("naive", torch.float64)):
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (q, k, v, g, S, z)]
+        with backend(form):
+            o, (S_last, z_last) = linear_attention(*leaves[:4], normalizer=1e-3, state=tuple(leaves[4:]))
+        gradients = torch.autograd.grad(o.square().sum() + S_last.sum() + z_last.sum(), leaves)
+        found.append([x.detach() for x in (o, S_last, z_last, *gradients)])
+    for ours, reference in zip(*found, strict=True):
+        assert float((ours.double() - reference).norm() / reference.norm()) < 1e-5
+
+
+def test_the_bonus_of_wide_keys_is_counted_once(narrow):
+    q, k, v, g = (x.to(DEVICE) for x in inputs_of("linear_attention", 10, K=40, V=16, gate="vector"))
+    bonus = draw(2, 40).to(DEVICE)
+    with backend("naive"):
+        reference, _ = linear_attention(q, k, v, g, exclusive=True, bonus=bonus)
+    with backend("triton"):
+        ours, _ = linear_attention(*(x.float() for x in (q, k, v, g)), exclusive=True, bonus=bonus.float())
+    assert float((ours - reference).norm() / reference.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("T", [1, 12])
+@pytest.mark.parametrize("op", OPS)
+def test_wide_states_are_written_in_place(narrow, op, T):
+    inputs = [None if x is None else x.to(DEVICE) for x in inputs_of(op, T, G=2, V=40, gate="scalar")]
+    S = draw(1, 2, 16, 40).to(DEVICE)
+    with backend("naive"):
+        _, reference = OPS[op](*inputs, state=S.clone())
+    single = S.float()
+    with torch.no_grad(), backend("triton"):
+        _, new = OPS[op](*(None if x is None else x.float() for x in inputs), state=single)
+    assert new is single
+    assert float((new - reference).norm() / reference.norm()) < 1e-5
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("K", "V"), [(256, 512), (128, 320), (256, 257), (273, 112), (273, 512)])
+@pytest.mark.parametrize("op", OPS)
+def test_published_widths_run_in_the_kernels(op, K, V, dtype):
+    if op != "linear_attention" and K > 256:
+        pytest.skip("a delta rule's transition mixes all of a key")
+    inputs = inputs_of(op, 300, B=2, G=2, H=2, K=K, V=V, gate="scalar" if op == "linear_attention" else "vector")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agree(op, inputs, tolerance=1e-5 if dtype == torch.float32 else 2e-2, dtype=dtype, state=draw(2, 2, K, V))
