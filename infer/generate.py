@@ -4,6 +4,7 @@ A run is `Context` (where the sequences are), `Context.read` (prefill, in chunks
 adds text, stop strings and samples around them, and `generate` is that in one call.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from subquad.errors import UserError
-from subquad.infer.sampling import Sampling, generator, seeds_from
+from subquad.infer.sampling import NO_TOKEN, Sampling, generator, seeds_from
 from subquad.infer.state import concatenate, fork, load_state, save_state, select
 from subquad.infer.text import TextStream, stop_strings
 from subquad.kernels.packing import cu_seqlens_of, sequence_ids
@@ -42,6 +43,7 @@ class Context:
     seen: Tensor  # bool [N, V], the tokens read
     generators: list[torch.Generator]
     finished: list[bool]
+    broken: set[int] = field(init=False, default_factory=set)  # sequences that ended for want of a score
     live: list[int] = field(init=False)
     parked: dict[int, LMState] = field(init=False, default_factory=dict)
 
@@ -173,7 +175,8 @@ def decode(
 ) -> Iterator[dict[int, int]]:
     """The loop: each step reads one token a live sequence and yields the next, {sequence: token}.
 
-    A sequence ends with `eos_id`, which is not yielded, or when the caller sets its `context.finished`.
+    A sequence ends with `eos_id`, which is not yielded, or when the caller sets its `context.finished`, or where the
+    model gives no score that is a number: then it is in `context.broken`, and the others go on.
     """
     for _ in range(max_new_tokens):
         context.narrow(park=park)
@@ -183,9 +186,11 @@ def decode(
         tokens = sampling.pick(scores, context.seen[context.live], [context.generators[i] for i in context.live])
         found = dict(zip(context.live, tokens.tolist(), strict=True))
         for i, token in found.items():
-            context.unread[i] = torch.tensor([token], dtype=torch.int32)
-            context.finished[i] = token == eos_id
-        yield {i: token for i, token in found.items() if token != eos_id}
+            if token == NO_TOKEN:
+                context.broken.add(i)
+            context.unread[i] = torch.tensor([max(token, 0)], dtype=torch.int32)  # a state holds what to read next
+            context.finished[i] = token in (eos_id, NO_TOKEN)
+        yield {i: token for i, token in found.items() if token not in (eos_id, NO_TOKEN)}
 
 
 class Generation:
@@ -226,6 +231,14 @@ class Generation:
                 context.finished[i] = self._streams[i].stopped
                 yield from self._say(i, piece)
         yield from self.finish()
+
+    @property
+    def broken(self) -> str | None:
+        """One sentence on the sequences that ended because the model's scores are not numbers, if there are any."""
+        if not self.context.broken:
+            return None
+        which = ", ".join(f"text {i + 1} after {len(self.tokens[i])} tokens" for i in sorted(self.context.broken))
+        return f"the model's scores are NaN or -infinity, so there is no next token ({which}); try a wider --dtype"
 
     def finish(self) -> Iterator[tuple[int, str]]:
         """What is held back of a character or a stop string, once no more tokens come."""
@@ -297,6 +310,8 @@ def generate(
                 on_text(i, piece)
     finally:
         model.train(training)
+    if generation.broken:
+        warnings.warn(generation.broken, stacklevel=2)
     return generation.texts[0] if single and num_samples == 1 else generation.texts
 
 

@@ -87,6 +87,8 @@ def run(options: argparse.Namespace) -> int:
         generated = sum(len(t) for t in generation.tokens)
         print(f"interrupted after {sum(context.lengths)} tokens read and {generated} generated", file=sys.stderr)
         return 130
+    if generation.broken:
+        raise UserError(generation.broken)
     return 0
 
 

@@ -204,7 +204,7 @@ def test_prefill_asks_for_the_last_logits_only(models):
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0; it must be above 0"),
         ({"temperature": 1.0, "min_p": 1.5}, "min_p is 1.5; it must be between 0 and 1"),
         ({"top_p": 0.9}, "top_p 0.9 has no effect at temperature 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be at least 0.001"),
         ({"num_samples": 2}, "num_samples 2 at temperature 0"),
         ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1; it must be at least 0"),
