@@ -117,6 +117,8 @@ def _parts(u, weight, bias, centered, eps, scale=1.0):
         return y if scale == 1 else scale * y
     # For a root mean square torch makes eight calls where these are five, and a decoded token is calls.
     length = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    if length.requires_grad:  # from 1.8e19 on its square overflows: the slope of the root is 0 then, and 0 * inf is NaN
+        length = length.clamp(max=torch.finfo(u.dtype).max)
     squared = torch.addcmul(_constant(eps / scale**2, u.dtype), length, length, value=1 / (shape[0] * scale**2))
     y = u * squared.rsqrt()
     return y if weight is None else y * weight

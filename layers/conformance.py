@@ -274,6 +274,16 @@ def survives_bfloat16(s: Subject) -> None:
                 assert torch.promote_types(t.dtype, wide) == t.dtype, f"state {path} accumulates in {t.dtype}"
 
 
+def takes_inputs_of_any_size(s: Subject) -> None:
+    """Inputs 1e-4 to 1e6 times as large leave finite what is finite in the naive form, gradients too, in float32."""
+    layer = copy.deepcopy(s.layer).float()
+    for scale in (1e-4, 1e4, 1e6):
+        x = scale * s.inputs(2, min(40, s.max_len), torch.float32)
+        got, want = forward_backward(layer, x, None), reference(layer, x, None)
+        broken = [name for name in want if want[name].isfinite().all() and not got[name].isfinite().all()]
+        assert not broken, f"for inputs of {scale:g}, {', '.join(broken)} are not finite"
+
+
 @needs(decoding)
 def splits_anywhere(s: Subject) -> None:
     """Twenty random partitions of a sequence through the carried state agree with one call."""
@@ -495,6 +505,7 @@ def _properties() -> Iterator[tuple[str, Property]]:
         matches_the_oracle,
         matches_the_oracle_in_float32,
         survives_bfloat16,
+        takes_inputs_of_any_size,
         splits_anywhere,
         state_none_is_position_zero,
         gradients_cross_states,
