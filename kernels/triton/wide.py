@@ -73,6 +73,9 @@ def of_keys(form: Callable[..., tuple], n: int, q, k, v, g, S, z, bonus) -> tupl
 
 
 def _even(x: Tensor, n: int) -> Tensor:
-    """x with zeros behind its last columns, as many as make them n equal parts."""
-    missing = -x.shape[-1] % n
+    """x with zeros behind its last columns, as many as make them n parts of equally many times 16.
+
+    Rows of other widths begin at odd addresses, where 16 bytes do not load at a time.
+    """
+    missing = n * 16 * cdiv(x.shape[-1], n * 16) - x.shape[-1]
     return F.pad(x, (0, missing)) if missing else x

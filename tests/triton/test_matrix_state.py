@@ -204,11 +204,13 @@ def test_checkpointing_and_autocast():
 
 
 def test_what_it_does_not_take_is_said():
-    wide = [x.to(DEVICE) for x in (torch.randn(1, 3, 1, 300), torch.randn(1, 3, 1, 300), torch.randn(1, 3, 1, 8))]
-    with backend("triton"), pytest.raises(UserError, match="a width of 300, above 256"):
-        linear_attention(*wide)
+    q, k, v, beta = (
+        x.to(DEVICE) for x in (*torch.randn(2, 1, 3, 1, 300), torch.randn(1, 3, 1, 8), torch.rand(1, 3, 1))
+    )
+    with backend("triton"), pytest.raises(UserError, match="keys of width 300, above 256"):
+        delta_rule(q, k, v, beta)
     with backend("triton"), pytest.raises(UserError, match="float64"):
-        linear_attention(*(x[..., :8].double() for x in wide))
+        linear_attention(q.double(), k.double(), v.double())
 
 
 @gpu
