@@ -19,6 +19,7 @@ from subquad.infer.sampling import NO_TOKEN, Sampling, generator, seeds_from
 from subquad.infer.state import concatenate, fork, load_state, save_state, select
 from subquad.infer.text import TextStream, stop_strings
 from subquad.kernels.packing import cu_seqlens_of, sequence_ids
+from subquad.layers.base import device_of
 from subquad.models.checkpoint import load
 from subquad.models.lm import LM, LMState
 from subquad.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -53,7 +54,7 @@ class Context:
     @classmethod
     def start(cls, model: LM, prompts: list[Tensor], seeds: list[int], max_new_tokens: int) -> "Context":
         """Before the first token of each prompt, with room for all of them and `max_new_tokens` more."""
-        n, device = len(prompts), model.embedding.weight.device
+        n, device = len(prompts), device_of(model)
         state = model.init_state(n, max(len(p) for p in prompts) + max_new_tokens)
         seen = torch.zeros(n, model.config.vocab_size, dtype=torch.bool, device=device)
         return cls(model, state, list(prompts), [0] * n, seen, [generator(s) for s in seeds], [False] * n)
@@ -151,7 +152,7 @@ class Context:
         for g, values in zip(generators, extra["generators"], strict=True):
             g.set_state(values.clone())  # torch 2.13 reads a row of a matrix from the wrong address and crashes
         unread = list(extra["unread"].split(extra["unread_lengths"].tolist()))
-        seen = extra["seen"].to(model.embedding.weight.device)
+        seen = extra["seen"].to(device_of(model))
         context = cls(model, state, unread, extra["lengths"].tolist(), seen, generators, extra["finished"].tolist())
         if more is not None:
             context.extend(more)

@@ -12,6 +12,7 @@ from subquad.errors import UserError
 from subquad.infer.generate import encode
 from subquad.infer.progress import Progress
 from subquad.kernels.packing import cu_seqlens_of
+from subquad.layers.base import device_of
 from subquad.models.lm import LM
 from subquad.models.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ def measure(model: LM, tokenizer: Tokenizer, texts: Sequence[bytes], *, context:
     predictions = sum(len(d) - 1 for d in documents)
     if not predictions:
         raise UserError("the data has nothing to predict; give at least one file of two tokens or more")
-    device = model.embedding.weight.device
+    device = device_of(model)
     n_buckets = context.bit_length()
     edges = 2 ** torch.arange(1, n_buckets, device=device)
     bits = torch.zeros(n_buckets, dtype=torch.float64, device=device)

@@ -21,6 +21,7 @@ from subquad.infer.sampling import Sampling, generator, seeds_from
 from subquad.infer.state import nbytes
 from subquad.infer.text import stop_strings
 from subquad.kernels.backend import current_backend
+from subquad.layers.base import dtype_of
 from subquad.models.checkpoint import load
 from subquad.models.lm import LM
 from subquad.models.tokenizer import load_tokenizer
@@ -123,7 +124,7 @@ def start(options: argparse.Namespace, model: LM, tokens: Any, seeds: list[int])
 
 
 def model_dtype(model: LM) -> str:
-    return str(model.embedding.weight.dtype).removeprefix("torch.")
+    return str(dtype_of(model)).removeprefix("torch.")
 
 
 def speed(what: str, tokens: int, seconds: float) -> dict[str, Any]:

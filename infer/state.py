@@ -18,6 +18,7 @@ import subquad
 from subquad.errors import UserError
 from subquad.infer.output import write_atomically
 from subquad.kernels.state import leaves
+from subquad.layers.base import dtype_of
 from subquad.models.checkpoint import fingerprint
 from subquad.models.lm import LM, LMState
 
@@ -186,7 +187,7 @@ def _check_origin(path: Path, about: Mapping[str, str], model: LM) -> None:
 
 
 def _dtype_name(model: LM) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+    return str(dtype_of(model)).removeprefix("torch.")
 
 
 def _batch(state: Any) -> int:

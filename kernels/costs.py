@@ -267,11 +267,17 @@ def _staircase(T: int) -> int:
     return sum((min(s + QUERY_BLOCK, T) - s) * min(s + QUERY_BLOCK, T) for s in starts)
 
 
-@_formula("latent_attention", lambda q, q_rope, c, k_rope, w_k, w_v, state, _: _after(q, w_v[:, :, 0], state))
-def _latent_attention(q, q_rope, c, k_rope, w_k, w_v, state, cu_seqlens) -> Cost:
-    (B, T, H, K), P, (V, R) = q.shape, q_rope.shape[-1], w_v.shape[1:]
+@_formula(
+    "latent_attention",
+    lambda q, q_rope, c, k_rope, w_k, w_v, state, cu_seqlens, expand=None: _after(
+        q, w_v[:, :, 0] if expand is None else expand(c.new_zeros(1, c.shape[-1]))[1][0], state
+    ),
+)
+def _latent_attention(q, q_rope, c, k_rope, w_k, w_v, state, cu_seqlens, expand=None) -> Cost:
+    (B, T, H, K), P, R = q.shape, q_rope.shape[-1], c.shape[-1]
+    V = w_v.shape[1] if expand is None else expand(c.new_zeros(1, R))[1].shape[-1]
     S, moved = (T, 0) if state is None else (state.c.shape[1], _nbytes(state.c, state.k_rope))
-    if state is not None and latent.absorbs(T, S, R, K, V, P):
+    if state is not None and expand is None and latent.absorbs(T, S, R, K, V, P):
         return Cost(2 * B * T * H * (R * (K + V) + S * (2 * R + P)), 0, moved)
     return Cost(2 * B * H * (S * R * (K + V) + T * S * (K + P + max(V, K + P))), 0, moved)
 

@@ -85,14 +85,10 @@ def _sorted(x, expert, weight, weights, act):
 
 
 def _has_grouped_mm(x: Tensor, down: Tensor) -> bool:
-    """torch's grouped product wants rows of whole 16 bytes, bf16 on GPUs, and no float64 anywhere.
-
-    On a CPU it is such a loop itself, which costs more memory traffic than ours but can be traced.
-    """
+    """torch's grouped product wants rows of whole 16 bytes and bf16: torch 2.13 traces it in no other dtype. On a CPU
+    it is such a loop itself, which costs more memory traffic than ours."""
     aligned = all(width * x.element_size() % 16 == 0 for width in (x.shape[1], down.shape[2]))
-    if x.device.type == "cpu":
-        return aligned and x.dtype == torch.float32 and torch.compiler.is_compiling()
-    return aligned and x.dtype == torch.bfloat16
+    return aligned and x.dtype == torch.bfloat16 and x.device.type != "cpu"
 
 
 _FORMS = register("grouped_mlp", naive=_naive, torch=_sorted)

@@ -1,5 +1,6 @@
 """Softmax attention over a low-rank latent: keys and values are products of one short vector a token."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -31,9 +32,10 @@ def latent_attention(
     q_rope: Float[Tensor, "B T H P"],
     c: Float[Tensor, "B T R"],
     k_rope: Float[Tensor, "B T P"],
-    w_k: Float[Tensor, "H K R"],
-    w_v: Float[Tensor, "H V R"],
+    w_k: Float[Tensor, "H K R"] | None,
+    w_v: Float[Tensor, "H V R"] | None,
     *,
+    expand: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     state: LatentCache | None = None,
     cu_seqlens: Int[Tensor, "M"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], LatentCache | None]:
@@ -42,6 +44,8 @@ def latent_attention(
     Arguments
         q, q_rope: H heads, the part without and with rotary positions. c: the latent; k_rope: the rotary key, one for
             all heads. w_k, w_v: from the latent to each head's keys and values.
+        expand: what stands for w_k and w_v, which are None then, where they are no plain matrices: latents [.., R] ->
+            (keys [.., H, K], values [.., H, V]). Nothing is absorbed, every call expands all latents.
         state: a LatentCache of max_len slots. cu_seqlens: [N+1] boundaries of sequences packed in one row.
 
     Returns (o [B, T, H, V], the new state or None).
@@ -53,7 +57,11 @@ def latent_attention(
     if cu_seqlens is not None:
         q, q_rope, c, k_rope = (mask_padding(x, cu_seqlens) for x in (q, q_rope, c, k_rope))
     form = pick("latent_attention", _FORMS, q)
-    out = form(q, q_rope, c, k_rope, w_k.to(q.dtype), w_v.to(q.dtype), state, cu_seqlens)
+    if w_k is None or w_v is None:
+        assert expand is not None
+        out = form(q, q_rope, c, k_rope, None, None, state, cu_seqlens, expand)
+    else:
+        out = form(q, q_rope, c, k_rope, w_k.to(q.dtype), w_v.to(q.dtype), state, cu_seqlens)
     if state is None:
         return out, None
     return out[0], LatentCache(out[1], out[2], advance(state.count, q.shape[1], cu_seqlens))
@@ -72,7 +80,7 @@ def absorbs(time: int, slots: int, R: int, K: int, V: int, P: int) -> bool:
 # The specification: every sequence and every token on its own.
 
 
-def _naive(q, q_rope, c, k_rope, w_k, w_v, state, cu_seqlens):
+def _naive(q, q_rope, c, k_rope, w_k, w_v, state, cu_seqlens, expand=None):
     bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     spans = [(0, q.shape[1])] * q.shape[0] if cu_seqlens is None else list(pairwise(bounds))
     outs, latents, ropes = [], [], []
@@ -91,8 +99,7 @@ def _naive(q, q_rope, c, k_rope, w_k, w_v, state, cu_seqlens):
             latents.append(filled[0])
             ropes.append(filled[1])
             c_n, rope_n = (x[: begin + end - start].to(q.dtype) for x in filled)
-        k = torch.einsum("hkr,sr->shk", w_k, c_n)
-        v = torch.einsum("hvr,sr->shv", w_v, c_n)
+        k, v = (expand or _product(w_k, w_v))(c_n)
         for t in range(start, end):
             seen = begin + t - start + 1
             scores = torch.einsum("hk,shk->hs", q[row, t], k[:seen])
@@ -117,9 +124,10 @@ def _too_long(tokens: int, slots: int) -> UserError:
 # The fast form: whichever of the two products is shorter.
 
 
-def _shorter(q, q_rope, c, k_rope, w_k, w_v, state, cu_seqlens):
+def _shorter(q, q_rope, c, k_rope, w_k, w_v, state, cu_seqlens, expand=None):
+    absorbable, expand = expand is None, expand or _product(w_k, w_v)
     if state is None:
-        q, k, v, width = _expand(q, q_rope, c, k_rope, w_k, w_v)
+        q, k, v, width = _expand(q, q_rope, c, k_rope, expand)
         return attention(q, k, v, cu_seqlens=cu_seqlens)[0][..., :width]
     rows = Padded(q.shape[1], cu_seqlens)
     q, q_rope, c, k_rope = map(rows.split, (q, q_rope, c, k_rope))
@@ -135,21 +143,31 @@ def _shorter(q, q_rope, c, k_rope, w_k, w_v, state, cu_seqlens):
     written = write_cache(heads, c[:, :, None], k_rope[:, :, None], at, rows.filled, 0)
     new_c, new_rope = (x.squeeze(2) for x in written)
     c, k_rope = (x[:, :used].to(q.dtype) for x in (new_c, new_rope))
-    if absorbs(time, used, c.shape[2], w_k.shape[1], w_v.shape[1], k_rope.shape[2]):
+    if absorbable and absorbs(time, used, c.shape[2], w_k.shape[1], w_v.shape[1], k_rope.shape[2]):
         out = _absorbed(q, q_rope, c, k_rope, w_k, w_v, at)
     else:
-        q, k, v, width = _expand(q, q_rope, c, k_rope, w_k, w_v)
+        q, k, v, width = _expand(q, q_rope, c, k_rope, expand)
         out = read_cache(q, k, v, at, rows.filled, before, Pattern(), None)[..., :width]
     if torch.is_grad_enabled():
         return rows.join(out), new_c, new_rope
     return rows.join(out), state.c, state.k_rope
 
 
-def _expand(q, q_rope, c, k_rope, w_k, w_v):
+def _product(w_k, w_v):
+    """(keys, values) as products of latents with the two matrices."""
+
+    def expand(c):
+        sizes = [w_k.shape[1], w_v.shape[1]]
+        return F.linear(c, torch.cat([w_k, w_v], 1).flatten(0, 1)).unflatten(-1, (-1, sum(sizes))).split(sizes, -1)
+
+    return expand
+
+
+def _expand(q, q_rope, c, k_rope, expand):
     """Queries, keys and values of every head, and the width of the values, which are filled up with zeros to that of
     the keys: torch's fused attention wants one width."""
-    H, K, V = q.shape[2], w_k.shape[1], w_v.shape[1]
-    k, v = F.linear(c, torch.cat([w_k, w_v], 1).flatten(0, 1)).unflatten(-1, (H, K + V)).split([K, V], -1)
+    k, v = expand(c)
+    (H, _), V = k.shape[2:], v.shape[-1]
     k = torch.cat([k, k_rope[:, :, None].expand(-1, -1, H, -1)], -1)
     return torch.cat([q, q_rope], -1), k, F.pad(v, (0, max(0, k.shape[-1] - V))), V
 

@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subquad.errors import UserError
 from subquad.kernels.state import accumulator_dtype
@@ -163,15 +166,66 @@ def check_length(layer: Layer, time: int, count: Tensor | None = None, cu_seqlen
         raise UserError(f"{type(layer).__name__} serves sequences of up to {layer.max_len} tokens; {time} do not fit")
 
 
-def state_dtype(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a cache: the one asked for, else autocast's, else the parameters'."""
-    if dtype is not None:
-        return dtype
-    parameter = next(module.parameters())
-    device_type = parameter.device.type
-    if not parameter.is_meta and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return parameter.dtype
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast has projections compute, None where it is off."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # the meta device raises when it is asked
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def placement(module: nn.Module, dtype: torch.dtype | None = None) -> tuple[torch.dtype, torch.device]:
+    """The dtype and the device of caches: the dtype asked for, else autocast's, else that of the module's weights."""
+    device = device_of(module)
+    return dtype or autocast_dtype(device) or dtype_of(module), device
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's tensors are; torch's default device where a quantiser keeps them all out of sight."""
+    return next((t.device for _, t in _tensors(module)), torch.get_default_device())
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of most weights: that of the largest tensor of those in sight, which need not be float32; else torch's
+    default."""
+    wide = declared(module, "float32")
+    weights = [t for name, t in _tensors(module) if t.is_floating_point() and not covers(wide, name)]
+    return max(weights, key=Tensor.numel).dtype if weights else torch.get_default_dtype()
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module is F.linear on its `weight` and `bias` and nothing else.
+
+    Not of an adapter's or a quantiser's module, nor of a Linear with hooks: those must be called to take effect.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    own = type_before_parametrizations(module) in (nn.Linear, WideLinear) and "forward" not in vars(module)
+    return own and not any(hooks) and not is_traceable_wrapper_subclass(module.weight)
+
+
+def matrix_of(module: nn.Module) -> Tensor | None:
+    """The weight of a plain linear map without bias, for an op that needs the matrix itself; None for anything else,
+    which must be called."""
+    return module.weight if is_plain(module) and module.bias is None else None
+
+
+def call_in_dtype(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x) computed in x's dtype, parameters of another cast for this call only."""
+    cast = {name: t.to(x.dtype) for name, t in _tensors(module) if t.is_floating_point() and t.dtype != x.dtype}
+    return functional_call(module, cast, (x,)) if cast else module(x)
+
+
+class WideLinear(nn.Linear):
+    """x W^T + bias with the bias added outside of the product: it stays float32 under autocast and in a half-precision
+    model, and so does the sum. Rates, step sizes and filters follow from it.
+
+    A class of its own, so that quantisers that exchange nn.Linear for one that rounds its inputs to int8 leave it.
+    """
+
+    facts = Facts(float32=("bias",))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 def conv_weight(width: int, taps: int, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:

@@ -16,7 +16,7 @@ from subquad.layers.base import (
     conv_weight,
     default_head_dim,
     dt_bias,
-    state_dtype,
+    placement,
 )
 from subquad.layers.norms import RMSNorm, l2_normalize
 
@@ -109,7 +109,7 @@ class DeltaLayer(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> DeltaState:
         """The state before any token; its size does not depend on max_len."""
-        dtype, weight = state_dtype(self, dtype), self.conv_weight
-        conv = torch.zeros(batch_size, weight.shape[1] - 1, weight.shape[0], dtype=dtype, device=weight.device)
-        S = torch.zeros(batch_size, self.n_heads, self.K, self.V, dtype=accumulator_dtype(dtype), device=weight.device)
+        (dtype, device), (width, taps) = placement(self, dtype), self.conv_weight.shape
+        conv = torch.zeros(batch_size, taps - 1, width, dtype=dtype, device=device)
+        S = torch.zeros(batch_size, self.n_heads, self.K, self.V, dtype=accumulator_dtype(dtype), device=device)
         return DeltaState(conv, S)

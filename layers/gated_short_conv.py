@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.short_conv import short_conv
 from subquad.kernels.state import Recurrent
-from subquad.layers.base import Card, Facts, Layer, conv_weight, state_dtype
+from subquad.layers.base import Card, Facts, Layer, conv_weight, placement
 
 
 class GatedShortConvState(NamedTuple):
@@ -50,6 +50,5 @@ class GatedShortConv(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> GatedShortConvState:
         """The state before any token; its size does not depend on max_len."""
-        D, W = self.conv_weight.shape
-        conv = torch.zeros(batch_size, W - 1, D, dtype=state_dtype(self, dtype), device=self.conv_weight.device)
-        return GatedShortConvState(conv)
+        (dtype, device), (D, W) = placement(self, dtype), self.conv_weight.shape
+        return GatedShortConvState(torch.zeros(batch_size, W - 1, D, dtype=dtype, device=device))

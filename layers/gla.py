@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.kernels.linear_attention import linear_attention
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Facts, Layer, check_divides, state_dtype
+from subquad.layers.base import Card, Facts, Layer, check_divides, placement
 from subquad.layers.norms import RMSNorm
 
 
@@ -79,6 +79,6 @@ class GatedLinearAttention(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> GatedLinearAttentionState:
         """The state before any token; its size does not depend on max_len."""
-        dtype, device = accumulator_dtype(state_dtype(self, dtype)), self.q_proj.weight.device
-        S = torch.zeros(batch_size, self.n_heads, self.K, self.V, dtype=dtype, device=device)
+        dtype, device = placement(self, dtype)
+        S = torch.zeros(batch_size, self.n_heads, self.K, self.V, dtype=accumulator_dtype(dtype), device=device)
         return GatedLinearAttentionState(S)

@@ -11,7 +11,7 @@ from subquad.errors import UserError
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.scan import scan
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Facts, Layer, state_dtype
+from subquad.layers.base import Card, Facts, Layer, placement
 from subquad.layers.norms import RMSNorm
 
 
@@ -73,5 +73,5 @@ class HGRN(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> HGRNState:
         """The state before any token; its size does not depend on max_len."""
-        wide = accumulator_dtype(state_dtype(self, dtype))
-        return HGRNState(torch.zeros(batch_size, self.inner, dtype=wide, device=self.i_proj.weight.device))
+        dtype, device = placement(self, dtype)
+        return HGRNState(torch.zeros(batch_size, self.inner, dtype=accumulator_dtype(dtype), device=device))

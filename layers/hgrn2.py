@@ -11,7 +11,7 @@ from subquad.errors import UserError
 from subquad.kernels.linear_attention import linear_attention
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Facts, Layer, check_divides, default_head_dim, state_dtype
+from subquad.layers.base import Card, Facts, Layer, check_divides, default_head_dim, placement
 from subquad.layers.norms import RMSNorm
 
 
@@ -76,6 +76,6 @@ class HGRN2(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> HGRN2State:
         """The state before any token; its size does not depend on max_len."""
-        dtype, device = accumulator_dtype(state_dtype(self, dtype)), self.q_proj.weight.device
+        dtype, device = placement(self, dtype)
         shape = (batch_size, self.n_heads, self.head_dim, self.head_dim)
-        return HGRN2State(torch.zeros(shape, dtype=dtype, device=device))
+        return HGRN2State(torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device))

@@ -4,7 +4,6 @@ from math import log, pi
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -18,9 +17,12 @@ from subquad.layers.base import (
     Card,
     Facts,
     Layer,
+    WideLinear,
+    call_in_dtype,
     check_length,
     conv_weight,
-    state_dtype,
+    is_plain,
+    placement,
 )
 
 
@@ -44,24 +46,28 @@ class ImplicitFilter(nn.Module):
         if n_features < 3 or n_features % 2 == 0:
             raise UserError(f"Hyena: n_features is odd and at least 3 (t, cosines, sines); got {n_features}")
         self.max_len, self.n_features = max_len, n_features
-        self.layers = nn.ModuleList(nn.Linear(n_features if i == 0 else width, width) for i in range(depth))
-        self.out = nn.Linear(width, n, bias=False)
+        self.layers = nn.ModuleList(WideLinear(n_features if i == 0 else width, width) for i in range(depth))
+        self.out = WideLinear(width, n, bias=False)
         self.sine = nn.Parameter(torch.full((width,), sine))
         fast, slow = -log(0.01) / 0.3, -log(0.01) / 1.5
         self.rate = nn.Parameter(torch.linspace(fast, slow, n))
 
-        self.known: tuple[Any, Tensor] | None = None  # all taps, and the parameters they came from
+        self.known: tuple[list[Any], Tensor] | None = None  # all taps, and the tensors they came from
 
     def forward(self, length: int) -> Float[Tensor, "n L"]:
         """The first `length` taps, at least float32 whatever the weights: bf16 tells 256 positions apart."""
-        parameters = list(self.parameters())
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
+        parts = [*self.layers, self.out]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(is_plain, parts)):
             return self.taps(length)
-        # Decoding asks for the same taps at every token. A version counts each change in place, a pointer each move.
-        source = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
-        if self.known is None or self.known[0] != source:
-            self.known = source, self.taps(self.max_len)
+        # Decoding asks for the same taps at every token.
+        tensors = list(self.parameters())
+        if self.known is None or not _unchanged(self.known[0], tensors):
+            self.known = _snapshot(tensors), self.taps(self.max_len)
         return self.known[1][:, :length]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is computed again."""
+        return self.__dict__ | {"known": None}
 
     def taps(self, length: int) -> Float[Tensor, "n L"]:
         dtype = accumulator_dtype(self.rate.dtype)
@@ -71,8 +77,27 @@ class ImplicitFilter(nn.Module):
         with full_precision(t):
             h = torch.cat([t, angle.cos(), -angle.sin()], 1)
             for layer in self.layers:
-                h = torch.sin(self.sine.to(dtype) * F.linear(h, layer.weight.to(dtype), layer.bias.to(dtype)))
-            return (F.linear(h, self.out.weight.to(dtype)) * (-t * self.rate.to(dtype).abs()).exp()).T
+                h = torch.sin(self.sine.to(dtype) * call_in_dtype(layer, h))
+            return (call_in_dtype(self.out, h) * (-t * self.rate.to(dtype).abs()).exp()).T
+
+
+def _snapshot(tensors: list[Tensor]) -> list[Any]:
+    """What tells later whether the tensors changed: copies on the CPU; elsewhere, where comparing would wait for the
+    device, the tensors themselves with their versions, which a write through `.data` escapes."""
+    return [t.detach().clone() if t.is_cpu else (t, t.data_ptr(), _version(t)) for t in tensors]
+
+
+def _unchanged(before: list[Any], tensors: list[Tensor]) -> bool:
+    def same(old: Any, new: Tensor) -> bool:
+        if isinstance(old, Tensor):
+            return new.is_cpu and old.dtype == new.dtype and torch.equal(old, new)
+        return old[0] is new and old[1:] == (new.data_ptr(), _version(new)) and old[2] is not None
+
+    return len(before) == len(tensors) and all(map(same, before, tensors))
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version  # inference tensors count no changes
 
 
 class HyenaOperator(Layer):
@@ -122,9 +147,8 @@ class HyenaOperator(Layer):
         return y, None if state is None else HyenaState(conv, tuple(carried))
 
     def empty_conv(self, batch_size: int, dtype: torch.dtype | None) -> Tensor:
-        width, taps = self.conv_weight.shape
-        shape = (batch_size, taps - 1, width)
-        return torch.zeros(shape, dtype=state_dtype(self, dtype), device=self.conv_weight.device)
+        (dtype, device), (width, taps) = placement(self, dtype), self.conv_weight.shape
+        return torch.zeros(batch_size, taps - 1, width, dtype=dtype, device=device)
 
 
 class Hyena(HyenaOperator):

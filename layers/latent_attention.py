@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from subquad.errors import UserError
 from subquad.kernels.latent_attention import LatentCache, latent_attention
 from subquad.kernels.packing import mask_padding
-from subquad.layers.base import Card, Facts, Layer, check_divides, default_head_dim, state_dtype
+from subquad.layers.base import Card, Facts, Layer, check_divides, default_head_dim, matrix_of, placement
 from subquad.layers.norms import RMSNorm
 from subquad.layers.rotary import pairs_to_halves, rotary_angles, rotate
 
@@ -90,14 +90,21 @@ class LatentAttention(Layer):
             turned = rotate(pairs_to_halves(turning) if self.rope_interleave else turning, cos, sin)
             q_rope, k_rope = turned[:, :, :-1], turned[:, :, -1]
         scale = (self.nope_dim + self.rope_dim) ** -0.5
-        w_k, w_v = self.kv_b_proj.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
-        o, state = latent_attention(
-            q * scale, q_rope * scale, self.kv_a_norm(c), k_rope, w_k, w_v, state=state, cu_seqlens=cu_seqlens
-        )
+        inputs, w_k, w_v = (q * scale, q_rope * scale, self.kv_a_norm(c), k_rope), None, None
+        if (weight := matrix_of(self.kv_b_proj)) is not None:
+            w_k, w_v = weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
+        o, state = latent_attention(*inputs, w_k, w_v, expand=self.keys_and_values, state=state, cu_seqlens=cu_seqlens)
         return mask_padding(self.o_proj(o.flatten(-2)), cu_seqlens), state
+
+    def keys_and_values(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """[.., H, K] and [.., H, V] of latents [.., R]."""
+        k, v = self.kv_b_proj(c).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], -1)
+        return k, v
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> LatentCache:
         """An empty cache of max_len slots."""
-        options = {"dtype": state_dtype(self, dtype), "device": self.o_proj.weight.device}
-        c, k_rope = (torch.zeros(batch_size, max_len, width, **options) for width in (self.rank, self.rope_dim))
-        return LatentCache(c, k_rope, torch.zeros(batch_size, dtype=torch.int64, device=c.device))
+        dtype, device = placement(self, dtype)
+        c, k_rope = (
+            torch.zeros(batch_size, max_len, width, dtype=dtype, device=device) for width in (self.rank, self.rope_dim)
+        )
+        return LatentCache(c, k_rope, torch.zeros(batch_size, dtype=torch.int64, device=device))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.kernels.linear_attention import linear_attention
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Facts, Layer, check_divides, default_head_dim, state_dtype
+from subquad.layers.base import Card, Facts, Layer, check_divides, default_head_dim, placement
 from subquad.layers.norms import RMSNorm
 
 
@@ -76,6 +76,6 @@ class LightningAttention(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> LightningAttentionState:
         """The state before any token; its size does not depend on max_len."""
-        dtype, device = accumulator_dtype(state_dtype(self, dtype)), self.z_proj.weight.device
+        dtype, device = placement(self, dtype)
         shape = (batch_size, self.n_heads, self.head_dim, self.head_dim)
-        return LightningAttentionState(torch.zeros(shape, dtype=dtype, device=device))
+        return LightningAttentionState(torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device))

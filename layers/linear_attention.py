@@ -17,7 +17,7 @@ from subquad.layers.base import (
     check_divides,
     check_length,
     default_head_dim,
-    state_dtype,
+    placement,
 )
 from subquad.layers.feature_maps import FEATURE_MAPS, FeatureMapName, make_feature_map
 
@@ -111,7 +111,8 @@ class LinearAttention(Layer):
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> LinearAttentionState:
         """The state before any token; its size does not depend on max_len."""
         check_length(self, max_len)
-        dtype, device = accumulator_dtype(state_dtype(self, dtype)), self.q_proj.weight.device
-        S = torch.zeros(batch_size, self.n_heads, self.feature_map.width, self.head_dim, dtype=dtype, device=device)
+        dtype, device = placement(self, dtype)
+        shape = (batch_size, self.n_heads, self.feature_map.width, self.head_dim)
+        S = torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device)
         count = torch.zeros(batch_size, dtype=torch.int64, device=device) if self.feature_map.needs_positions else ()
         return LinearAttentionState(S, torch.zeros_like(S[..., 0]) if self.floor is not None else (), count)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.bucket_attention import BucketCache, bucket_attention
-from subquad.layers.base import Card, Facts, state_dtype
+from subquad.layers.base import Card, Facts, placement
 from subquad.layers.softmax_heads import SoftmaxLayer
 
 
@@ -78,8 +78,8 @@ class LSHAttention(SoftmaxLayer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> BucketCache:
         """Empty rings; max_len does not matter."""
-        device = self.k_proj.weight.device
+        dtype, device = placement(self, dtype)
         shape = (batch_size, self.n_heads, self.n_buckets, self.window, self.head_dim)
-        k = torch.zeros(shape, dtype=state_dtype(self, dtype), device=device)
+        k = torch.zeros(shape, dtype=dtype, device=device)
         seen = torch.zeros(shape[:3], dtype=torch.int64, device=device)
         return BucketCache(k, torch.zeros_like(k), seen, torch.zeros(batch_size, dtype=torch.int64, device=device))

@@ -16,10 +16,11 @@ from subquad.layers.base import (
     Card,
     Facts,
     Layer,
+    WideLinear,
     conv_weight,
     dt_bias,
+    placement,
     silu_gated,
-    state_dtype,
 )
 from subquad.layers.norms import RMSNorm
 
@@ -71,7 +72,7 @@ class Mamba(Layer):
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
         self.conv_weight, self.conv_bias = conv_weight(inner, d_conv, conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(rank, inner)
+        self.dt_proj = WideLinear(rank, inner)
         self.dt_norm, self.B_norm, self.C_norm = (
             nn.Identity() if dt_bc_norm == "none" else RMSNorm(n, eps=norm_eps, affine=dt_bc_norm == "weighted")
             for n in self.sizes
@@ -99,7 +100,7 @@ class Mamba(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> MambaState:
         """The state before any token; its size does not depend on max_len."""
-        dtype, weight = state_dtype(self, dtype), self.conv_weight
-        conv = torch.zeros(batch_size, weight.shape[1] - 1, self.inner, dtype=dtype, device=weight.device)
-        h = torch.zeros(batch_size, *self.A_log.shape, dtype=accumulator_dtype(dtype), device=weight.device)
+        dtype, device = placement(self, dtype)
+        conv = torch.zeros(batch_size, self.conv_weight.shape[1] - 1, self.inner, dtype=dtype, device=device)
+        h = torch.zeros(batch_size, *self.A_log.shape, dtype=accumulator_dtype(dtype), device=device)
         return MambaState(conv, h)

@@ -19,8 +19,8 @@ from subquad.layers.base import (
     conv_weight,
     default_head_dim,
     dt_bias,
+    placement,
     silu_gated,
-    state_dtype,
 )
 from subquad.layers.norms import RMSNorm
 
@@ -109,7 +109,7 @@ class Mamba2(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> Mamba2State:
         """The state before any token; its size does not depend on max_len."""
-        dtype, weight = state_dtype(self, dtype), self.conv_weight
-        conv = torch.zeros(batch_size, weight.shape[1] - 1, weight.shape[0], dtype=dtype, device=weight.device)
-        S = torch.zeros(batch_size, self.n_heads, self.d_state, self.head_dim, dtype=accumulator_dtype(dtype))
-        return Mamba2State(conv, S.to(weight.device))
+        (dtype, device), (width, taps) = placement(self, dtype), self.conv_weight.shape
+        conv = torch.zeros(batch_size, taps - 1, width, dtype=dtype, device=device)
+        shape = (batch_size, self.n_heads, self.d_state, self.head_dim)
+        return Mamba2State(conv, torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device))

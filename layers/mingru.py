@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.scan import scan
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Facts, Layer, state_dtype
+from subquad.layers.base import Card, Facts, Layer, placement
 
 
 class MinGRUState(NamedTuple):
@@ -57,5 +57,5 @@ class MinGRU(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> MinGRUState:
         """The state before any token; its size does not depend on max_len."""
-        wide = accumulator_dtype(state_dtype(self, dtype))
-        return MinGRUState(torch.zeros(batch_size, self.inner, dtype=wide, device=self.z_proj.weight.device))
+        dtype, device = placement(self, dtype)
+        return MinGRUState(torch.zeros(batch_size, self.inner, dtype=accumulator_dtype(dtype), device=device))

@@ -17,9 +17,10 @@ from subquad.layers.base import (
     Card,
     Facts,
     Layer,
+    WideLinear,
     check_divides,
     default_head_dim,
-    state_dtype,
+    placement,
 )
 from subquad.layers.norms import GroupNorm
 
@@ -73,8 +74,8 @@ class MLSTM(Layer):
         self.k_proj = nn.Linear(d_model, keys, bias=False)
         self.v_proj = nn.Linear(d_model, values, bias=False)
         # Both start from their biases: little is written, and memories last from 20 to 400 tokens.
-        self.i_proj = nn.Linear(d_model, n_heads)
-        self.f_proj = nn.Linear(d_model, n_heads)
+        self.i_proj = WideLinear(d_model, n_heads)
+        self.f_proj = WideLinear(d_model, n_heads)
         for gate, bias in ((self.i_proj, torch.full((n_heads,), -10.0)), (self.f_proj, torch.linspace(3, 6, n_heads))):
             nn.init.zeros_(gate.weight)
             gate.bias = nn.Parameter(bias)
@@ -111,6 +112,6 @@ class MLSTM(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> MLSTMState:
         """The state before any token; its size does not depend on max_len."""
-        dtype, device = accumulator_dtype(state_dtype(self, dtype)), self.q_proj.weight.device
-        S = torch.zeros(batch_size, self.n_heads, self.K, self.V, dtype=dtype, device=device)
+        dtype, device = placement(self, dtype)
+        S = torch.zeros(batch_size, self.n_heads, self.K, self.V, dtype=accumulator_dtype(dtype), device=device)
         return MLSTMState(S, torch.zeros_like(S[..., 0]), torch.zeros_like(S[..., 0, 0]))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.errors import UserError
 from subquad.kernels.lti import lti
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Facts, state_dtype
+from subquad.layers.base import Card, Facts
 from subquad.layers.hyena import Hyena, HyenaOperator, HyenaState
 from subquad.layers.state_space import as_complex, log_step, real_pair
 
@@ -71,7 +71,7 @@ class ModalHyena(HyenaOperator):
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> HyenaState:
         """The state before any token; its size does not depend on max_len."""
         conv = self.empty_conv(batch_size, dtype)
-        wide = accumulator_dtype(state_dtype(self, dtype)).to_complex()
+        wide = accumulator_dtype(conv.dtype).to_complex()
         shape = (batch_size, *self.decay_log.shape[1:])
         return HyenaState(conv, tuple(Modes(conv.new_zeros(shape, dtype=wide)) for _ in self.decay_log))
 

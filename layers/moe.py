@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from subquad.errors import UserError
 from subquad.kernels.grouped_mlp import GateName, grouped_mlp
 from subquad.kernels.packing import mask_padding
-from subquad.layers.base import Card, available_if
+from subquad.layers.base import Card, autocast_dtype, available_if
 from subquad.layers.mlp import FeedForward, SwiGLU, hidden_width
 from subquad.layers.routers import Router, choose_tokens, router_report
 
@@ -119,9 +119,12 @@ class MoE(FeedForward):
         shared: dict[str, Any] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Any]:
         tokens = x.flatten(0, 1)
-        logits, scores = self.router(tokens)
+        router = next(part for part in self.router.modules() if isinstance(part, Router))  # an adapter may wrap it
+        logits = self.router(tokens)
+        scores = router.scores(logits)
+        tokens = tokens.to(autocast_dtype(x.device) or x.dtype)  # the experts' products are a projection's
         if self.causal:
-            choice = self.router.choose(scores)
+            choice = router.choose(scores)
             y = self.experts(tokens, choice.expert, choice.weight)
         else:
             if state is not None:
@@ -132,7 +135,7 @@ class MoE(FeedForward):
         y = y.view_as(x)
         if shared is not None and self.training:
             real = mask_padding(torch.ones_like(scores[None, :, :1]), cu_seqlens)[0]
-            shared |= router_report(self.router, logits, scores, choice, real, self.balance_loss, self.z_loss)
+            shared |= router_report(router, logits, scores, choice, real, self.balance_loss, self.z_loss)
         if self.shared_experts is not None:
             extra = self.shared_experts(x)[0]
             y = y + (extra if self.shared_gate is None else self.shared_gate(x).sigmoid() * extra)

@@ -16,7 +16,7 @@ from subquad.layers.base import (
     Layer,
     check_divides,
     default_head_dim,
-    state_dtype,
+    placement,
 )
 from subquad.layers.norms import GroupNorm
 from subquad.layers.rotary import rotary_angles, rotate
@@ -91,6 +91,6 @@ class Retention(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> RetentionState:
         """The state before any token; its size does not depend on max_len."""
-        dtype, device = accumulator_dtype(state_dtype(self, dtype)), self.q_proj.weight.device
-        S = torch.zeros(batch_size, self.n_heads, self.K, self.V, dtype=dtype, device=device)
+        dtype, device = placement(self, dtype)
+        S = torch.zeros(batch_size, self.n_heads, self.K, self.V, dtype=accumulator_dtype(dtype), device=device)
         return RetentionState(S, torch.zeros(batch_size, dtype=torch.int64, device=device))

@@ -18,7 +18,7 @@ from subquad.layers.base import (
     check_divides,
     conv_weight,
     default_head_dim,
-    state_dtype,
+    placement,
 )
 
 DECAY_SCALE = 8.0  # the paper's c
@@ -96,7 +96,7 @@ class RGLRU(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> RGLRUState:
         """The state before any token; its size does not depend on max_len."""
-        dtype, weight = state_dtype(self, dtype), self.conv_weight
-        conv = torch.zeros(batch_size, weight.shape[1] - 1, self.inner, dtype=dtype, device=weight.device)
-        h = torch.zeros(batch_size, self.inner, dtype=accumulator_dtype(dtype), device=weight.device)
-        return RGLRUState(conv, h, torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
+        dtype, device = placement(self, dtype)
+        conv = torch.zeros(batch_size, self.conv_weight.shape[1] - 1, self.inner, dtype=dtype, device=device)
+        h = torch.zeros(batch_size, self.inner, dtype=accumulator_dtype(dtype), device=device)
+        return RGLRUState(conv, h, torch.zeros(batch_size, dtype=torch.int64, device=device))

@@ -23,7 +23,7 @@ class Choice(NamedTuple):
 
 
 class Router(nn.Linear):
-    """Scores of E experts for every token, in at least float32, and each token's top k of them.
+    """Logits of E experts for every token, in at least float32; their scores, and each token's top k of them.
 
     s = softmax(W x) or sigmoid(W x); the k experts of largest s + balance_bias serve the token with weights s, divided
     by their sum where `renormalize` says so, times `scale`.
@@ -70,13 +70,15 @@ class Router(nn.Linear):
         self.register_buffer("balance_bias", torch.zeros(n_experts) if balance_rate else None)
         self.load: Tensor | None = None  # assignments an expert since the last update; no buffer, DDP overwrites those
 
-    def forward(self, x: Float[Tensor, "M D"]) -> tuple[Float[Tensor, "M E"], Float[Tensor, "M E"]]:
-        """(logits, scores)"""
+    def forward(self, x: Float[Tensor, "M D"]) -> Float[Tensor, "M E"]:
+        """Logits alone, as a Linear's output, to which an adapter may add."""
         with full_precision(x):
             wide = accumulator_dtype(x.dtype)
             bias = None if self.bias is None else self.bias.to(wide)
-            logits = F.linear(x.to(wide), self.weight.to(wide), bias)
-            return logits, logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
+            return F.linear(x.to(wide), self.weight.to(wide), bias)
+
+    def scores(self, logits: Float[Tensor, "M E"]) -> Float[Tensor, "M E"]:
+        return logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
 
     def choose(self, scores: Float[Tensor, "M E"]) -> Choice:
         """Every token's top k experts."""

@@ -12,7 +12,7 @@ from subquad.kernels.running_max import running_max
 from subquad.kernels.scan import scan
 from subquad.kernels.short_conv import shift
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Facts, Layer, state_dtype
+from subquad.layers.base import Card, Facts, Layer, placement
 from subquad.layers.rwkv_parts import TokenShift, initial_decay
 
 LOWEST = -1e38  # of the running maximum: finite in float32, with every decay added to it
@@ -45,7 +45,7 @@ class RWKV4(Layer):
     def __init__(self, d_model: int, *, expand: float = 1.0, layer_idx: int = 0, n_layers: int = 1):
         super().__init__()
         inner = int(expand * d_model)
-        self.inner = inner
+        self.d_model, self.inner = d_model, inner
         place = {"layer_idx": layer_idx, "n_layers": n_layers}
         self.token_shift = TokenShift(d_model, [0.5, 1.0, 1.0], lifts=[0.0, 0.0, 0.3], **place)
         self.decay = nn.Parameter(initial_decay(inner, low=-5.0, span=8.0, **place))
@@ -59,10 +59,14 @@ class RWKV4(Layer):
     def forward(
         self, x: Float[Tensor, "B T D"], state: RWKV4State | None = None, cu_seqlens: Int[Tensor, "M"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], RWKV4State | None]:
-        n_seqs = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        last, h, m = self.init_state(n_seqs, 0) if state is None else state
-        (r, k, v), last = self.token_shift(x, last, cu_seqlens)
         wide = accumulator_dtype(x.dtype)
+        if state is None:
+            n_seqs = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+            last, h = None, x.new_zeros(n_seqs, 2, self.inner, dtype=wide)
+            m = h.new_full((n_seqs, self.inner), LOWEST)
+        else:
+            last, h, m = state
+        (r, k, v), last = self.token_shift(x, last, cu_seqlens)
         k, v = self.k_proj(k).to(wide), self.v_proj(v).to(wide)
         w = -self.decay.to(wide).exp()
         carried = torch.cat([h.flatten(1), m], -1)[:, None]  # a copy: the ops below write into h and m
@@ -83,7 +87,7 @@ class RWKV4(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> RWKV4State:
         """The state before any token; its size does not depend on max_len. The maximum starts very low, not at -inf."""
-        dtype, device = state_dtype(self, dtype), self.bonus.device
-        last = torch.zeros(batch_size, 1, self.k_proj.in_features, dtype=dtype, device=device)
+        dtype, device = placement(self, dtype)
+        last = torch.zeros(batch_size, 1, self.d_model, dtype=dtype, device=device)
         h = torch.zeros(batch_size, 2, self.inner, dtype=accumulator_dtype(dtype), device=device)
         return RWKV4State(last, h, h.new_full((batch_size, self.inner), LOWEST))

@@ -17,7 +17,7 @@ from subquad.layers.base import (
     Layer,
     check_divides,
     default_head_dim,
-    state_dtype,
+    placement,
 )
 from subquad.layers.norms import GroupNorm, l2_normalize
 from subquad.layers.rwkv_parts import LowRank, MatrixWKVState, TokenShift, relative_depth
@@ -65,7 +65,7 @@ class RWKV7(Layer):
         norm_eps: float = 64e-5,
     ):
         super().__init__()
-        self.head_dim = head_dim or default_head_dim(d_model)
+        self.d_model, self.head_dim = d_model, head_dim or default_head_dim(d_model)
         check_divides(self, "head_dim", self.head_dim, "d_model", d_model)
         self.n_heads, self.is_first, self.layer_idx = d_model // self.head_dim, layer_idx == first_layer, layer_idx
         depth, channel = relative_depth(layer_idx, n_layers), torch.arange(d_model) / max(d_model - 1, 1)
@@ -125,10 +125,10 @@ class RWKV7(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> MatrixWKVState:
         """The state before any token; its size does not depend on max_len."""
-        dtype, weight = state_dtype(self, dtype), self.r_proj.weight
-        shift = torch.zeros(batch_size, 1, weight.shape[1], dtype=dtype, device=weight.device)
+        dtype, device = placement(self, dtype)
+        shift = torch.zeros(batch_size, 1, self.d_model, dtype=dtype, device=device)
         shape = (batch_size, self.n_heads, self.head_dim, self.head_dim)
-        return MatrixWKVState(shift, torch.zeros(shape, dtype=accumulator_dtype(dtype), device=weight.device))
+        return MatrixWKVState(shift, torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device))
 
 
 def _rank(size: float) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent
-from subquad.layers.base import Card, Facts, Layer, state_dtype
+from subquad.layers.base import Card, Facts, Layer, placement
 from subquad.layers.mlp import hidden_width
 from subquad.layers.rwkv_parts import TokenShift
 
@@ -45,7 +45,7 @@ class RWKVChannelMix(Layer):
         n_layers: int = 1,
     ):
         super().__init__()
-        d_ff = hidden_width(d_model, expand, d_ff)
+        self.d_model, d_ff = d_model, hidden_width(d_model, expand, d_ff)
         self.mix = TokenShift(d_model, [1.0] * (2 if gated else 1), layer_idx=layer_idx, n_layers=n_layers)
         self.up_proj = nn.Linear(d_model, d_ff, bias=False)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
@@ -65,6 +65,5 @@ class RWKVChannelMix(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> RWKVChannelMixState:
         """The state before any token; its size does not depend on max_len."""
-        weight = self.up_proj.weight
-        last = torch.zeros(batch_size, 1, weight.shape[1], dtype=state_dtype(self, dtype), device=weight.device)
-        return RWKVChannelMixState(last)
+        dtype, device = placement(self, dtype)
+        return RWKVChannelMixState(torch.zeros(batch_size, 1, self.d_model, dtype=dtype, device=device))

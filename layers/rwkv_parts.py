@@ -20,7 +20,7 @@ from subquad.layers.base import (
     Layer,
     check_divides,
     default_head_dim,
-    state_dtype,
+    placement,
 )
 from subquad.layers.norms import GroupNorm
 
@@ -124,7 +124,7 @@ class MatrixWKV(Layer):
 
     def __init__(self, d_model: int, head_dim: int | None, layer_idx: int, n_layers: int, norm_eps: float):
         super().__init__()
-        self.head_dim = head_dim or default_head_dim(d_model)
+        self.d_model, self.head_dim = d_model, head_dim or default_head_dim(d_model)
         check_divides(self, "head_dim", self.head_dim, "d_model", d_model)
         self.n_heads = d_model // self.head_dim
         self.r_proj, self.k_proj, self.v_proj, self.z_proj = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
@@ -156,7 +156,7 @@ class MatrixWKV(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> MatrixWKVState:
         """The state before any token; its size does not depend on max_len."""
-        dtype, weight = state_dtype(self, dtype), self.r_proj.weight
-        shift = torch.zeros(batch_size, 1, weight.shape[1], dtype=dtype, device=weight.device)
+        dtype, device = placement(self, dtype)
+        shift = torch.zeros(batch_size, 1, self.d_model, dtype=dtype, device=device)
         shape = (batch_size, self.n_heads, self.head_dim, self.head_dim)
-        return MatrixWKVState(shift, torch.zeros(shape, dtype=accumulator_dtype(dtype), device=weight.device))
+        return MatrixWKVState(shift, torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device))

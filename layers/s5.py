@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.scan import scan
 from subquad.kernels.state import accumulator_dtype
-from subquad.layers.base import Card, Facts, Layer, check_divides, state_dtype
+from subquad.layers.base import Card, Facts, Layer, autocast_dtype, check_divides, placement
 from subquad.layers.state_space import (
     Discretization,
     StateSpaceState,
@@ -73,6 +73,7 @@ class S5(Layer):
         state: StateSpaceState | None = None,
         cu_seqlens: Int[Tensor, "M"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], StateSpaceState | None]:
+        x = x.to(autocast_dtype(x.device) or x.dtype)  # in which the products below are, as any projection's
         wide = accumulator_dtype(x.dtype)
         w = torch.complex(-self.decay_log.double().exp(), self.frequency.double())
         a, b = discretize(w, self.log_dt.double().exp(), self.discretization)
@@ -90,5 +91,6 @@ class S5(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> StateSpaceState:
         """The state before any token; its size does not depend on max_len."""
-        wide = accumulator_dtype(state_dtype(self, dtype)).to_complex()
-        return StateSpaceState(torch.zeros(batch_size, len(self.frequency), dtype=wide, device=self.frequency.device))
+        dtype, device = placement(self, dtype)
+        wide = accumulator_dtype(dtype).to_complex()
+        return StateSpaceState(torch.zeros(batch_size, len(self.frequency), dtype=wide, device=device))

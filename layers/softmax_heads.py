@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.kernels.packing import mask_padding
-from subquad.layers.base import Facts, Layer, check_divides, default_head_dim, state_dtype
+from subquad.layers.base import Facts, Layer, check_divides, default_head_dim, placement
 from subquad.layers.rotary import rotary_angles, rotate
 
 
@@ -73,9 +73,9 @@ class SoftmaxLayer(Layer):
 
     def empty_slots(self, batch_size: int, dtype: torch.dtype | None, *lengths: int) -> tuple[Tensor, ...]:
         """For each length slots for keys or values, [N, length, G, K], all zero, then the count [N] of no tokens."""
-        options = {"dtype": state_dtype(self, dtype), "device": self.k_proj.weight.device}
-        slots = [torch.zeros(batch_size, n, self.n_kv_heads, self.head_dim, **options) for n in lengths]
-        return *slots, torch.zeros(batch_size, dtype=torch.int64, device=options["device"])
+        (dtype, device), shape = placement(self, dtype), (self.n_kv_heads, self.head_dim)
+        slots = [torch.zeros(batch_size, length, *shape, dtype=dtype, device=device) for length in lengths]
+        return *slots, torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     def merge(self, o: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """The op's output [B, T, H, K] back in the residual stream."""

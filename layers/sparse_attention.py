@@ -11,7 +11,7 @@ from subquad.kernels.sparse_attention import SparseCache, empty_cache, sparse_at
 from subquad.layers.base import (
     Card,
     available_if,
-    state_dtype,
+    placement,
 )
 from subquad.layers.softmax_heads import SoftmaxLayer
 
@@ -84,12 +84,4 @@ class SparseAttention(SoftmaxLayer):
     @available_if(lambda self: self.causal, "causal=False reads the whole sequence at once")
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> SparseCache:
         """An empty cache of what the pattern can read again."""
-        return empty_cache(
-            self.pattern,
-            batch_size,
-            max_len,
-            self.n_kv_heads,
-            self.head_dim,
-            state_dtype(self, dtype),
-            self.k_proj.weight.device,
-        )
+        return empty_cache(self.pattern, batch_size, max_len, self.n_kv_heads, self.head_dim, *placement(self, dtype))

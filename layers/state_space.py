@@ -11,7 +11,7 @@ from subquad.errors import UserError
 from subquad.kernels.lti import lti
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Facts, Layer, state_dtype
+from subquad.layers.base import Facts, Layer, placement
 
 Discretization = Literal["zoh", "bilinear"]
 
@@ -101,6 +101,6 @@ class StateSpace(Layer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> StateSpaceState:
         """The state before any token; its size does not depend on max_len."""
-        wide = accumulator_dtype(state_dtype(self, dtype)).to_complex()
-        shape = (batch_size, *self.C.shape[:-1])
-        return StateSpaceState(torch.zeros(shape, dtype=wide, device=self.C.device))
+        dtype, device = placement(self, dtype)
+        shape, wide = (batch_size, *self.C.shape[:-1]), accumulator_dtype(dtype).to_complex()
+        return StateSpaceState(torch.zeros(shape, dtype=wide, device=device))
