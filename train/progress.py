@@ -38,6 +38,8 @@ class RunProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._tokens += batch.tokens.numel() * trainer.world_size
+        if trainer.fit_loop._should_accumulate():  # this row made no update yet
+            return
         step, due = trainer.global_step, trainer.global_step % trainer.log_every_n_steps == 0
         if due:
             now = time.monotonic()

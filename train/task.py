@@ -1,13 +1,16 @@
 """The LightningModule: next-token prediction on packed rows."""
 
-from collections.abc import Mapping
-from math import cos, log, pi
+from collections.abc import Callable, Mapping
+from functools import reduce
+from math import cos, isfinite, log, nan, pi
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from subquad.errors import UserError
@@ -18,11 +21,16 @@ from subquad.models.config import LMConfig
 from subquad.models.lm import LM, LMState
 from subquad.train.rows import IGNORED, Batch, Carry
 
+# What a row's summed loss is divided by at first: the same for all rows, a power of two, near the number of targets.
+ROW_TARGETS = 4096
+
 
 class LanguageModeling(LightningModule):
     """Trains an LM on the targets of a `subquad.train.rows.Batch`: the next tokens of packed rows, or a task's answers.
 
-    Losses that layers share under names that begin with "loss/" are added as they are; scalars under "log/" are logged.
+    An update follows the mean over all targets of its rows, those accumulated and those of every process. Losses that
+    layers share under names that begin with "loss/" are added to their row's mean and count by its targets with it;
+    scalars under "log/" are logged. A loss or gradient that is not finite ends training before the update.
 
     Args:
         lm: the model.
@@ -75,7 +83,8 @@ class LanguageModeling(LightningModule):
         self.lm.checkpoint_activations = checkpoint_activations
         self.carried: dict[str, LMState] = {}  # stage -> the streams' state, under truncated backpropagation
         self._saved_leaves: list[Tensor] | None = None
-        self._sums = torch.zeros(2)
+        self._sums = torch.zeros(2)  # (nats, targets) of the validation so far
+        self._update: Tensor | None = None  # the same of the rows since the last update
 
     def nats(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """(summed cross entropy, number of targets, what the layers shared) of a batch."""
@@ -107,38 +116,79 @@ class LanguageModeling(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         total, count, shared = self.nats(batch, "train")
         count_loads(self.lm, shared)
+        sums = self._exactly(total.detach(), count)
+        self._update = sums if self._update is None else self._update + sums
+        self._bytes_per_token = batch.bytes_per_token
         loss = total / count.clamp(min=1)
-        self.log("step", float(self.global_step + 1))  # the loggers' axis: updates done once this batch is
-        self.log("train/loss", loss.detach(), batch_size=1)
-        self.log("train/bpb", loss.detach() / (log(2) * batch.bytes_per_token), batch_size=1)
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         for name, value in shared.items():
             kind, _, rest = name.partition("/")
             if kind == "loss":
                 loss = loss + value
             if kind in ("loss", "log"):
                 self.log(f"train/{rest}", value.detach().float(), batch_size=1)
-        return loss
+        return loss * (count / ROW_TARGETS)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Callable[[], Any]
+    ) -> None:
+        def closure() -> Any:
+            found = optimizer_closure()
+            self._average(optimizer)  # before hooks and clipping see the gradient
+            return found
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
         update_balance_biases(self.lm)
 
+    def _average(self, optimizer: Optimizer) -> None:
+        """Make the sum of the rows' gradients that of the mean over their targets; end training if it is not finite."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # One look at the device an update. A norm that is not finite on one process is not finite in the sum.
+        nats, targets, norm = self._over_ranks(torch.stack([*self._update, _norm(gradients).to(self._update)]))
+        self._update = None
+        step, loss, targets = self.global_step + 1, nats / max(targets, 1), max(targets, 1)
+        if not isfinite(loss):
+            raise self._not_finite(f"the loss is {loss} at step {step}")
+        # Scaled for float16 a gradient may overflow: then the scaler leaves the update out and scales less.
+        if not isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            raise self._not_finite(f"the gradient's norm is {norm} at step {step}")
+        # What Lightning has divided by: accumulated rows and processes, though they hold unequal numbers of targets.
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        torch._foreach_mul_(gradients, ROW_TARGETS * parts / targets)
+        self.log("step", float(step))  # the loggers' axis: updates done once this one is
+        self.log("train/loss", loss, batch_size=1)
+        self.log("train/bpb", loss / (log(2) * self._bytes_per_token), batch_size=1)
+        self.log("lr", optimizer.param_groups[0]["lr"], batch_size=1)
+
+    def _not_finite(self, what: str) -> UserError:
+        return UserError(
+            f"{what}, so training ended before that update was made or saved; go on from the newest checkpoint with "
+            "--resume and a lower --model.lr or --trainer.gradient_clip_val"
+        )
+
+    def _exactly(self, *values: Tensor) -> Tensor:
+        """Values to sum: float32 counts to 2**24, but Apple's GPUs have no float64."""
+        return torch.stack([v.to(torch.float32 if v.device.type == "mps" else torch.float64) for v in values])
+
+    def _over_ranks(self, sums: Tensor) -> list[float]:
+        """Sums of the values over all processes."""
+        return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").tolist()
+
     def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        self._sums = self._exactly(*torch.zeros(2, device=self.device))
         self.carried.pop("val", None)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         total, count, _ = self.nats(batch, "val")
-        self._sums += torch.stack([total.double(), count.double()]).cpu()
+        self._sums = self._sums + self._exactly(total, count)
         self._bytes_per_token = batch.bytes_per_token
 
     def on_validation_epoch_end(self) -> None:
-        total, count = self.trainer.strategy.reduce(self._sums.to(self.device, torch.float32), reduce_op="sum").tolist()
+        total, count = self._over_ranks(self._sums)
         self.carried.pop("val", None)
+        loss = total / count if count else nan
         self.log("step", float(self.global_step))
-        self.log("val/loss", total / count, batch_size=1, sync_dist=False)
-        self.log("val/bpb", total / count / (log(2) * self._bytes_per_token), batch_size=1, sync_dist=False)
+        self.log("val/loss", loss, batch_size=1, sync_dist=False)
+        self.log("val/bpb", loss / (log(2) * self._bytes_per_token), batch_size=1, sync_dist=False)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -148,6 +198,11 @@ class LanguageModeling(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError("the learning rate's cosine needs an end: give --trainer.max_steps or --trainer.max_epochs")
+        if self.warmup_steps >= steps:
+            rank_zero_warn(
+                f"the run's {steps} steps end within model.warmup_steps {self.warmup_steps}: the learning rate only "
+                f"rises, to {self.lr_factor(steps - 1, steps):.3g} of model.lr"
+            )
         groups = parameter_groups(self.lm, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, foreach=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_factor(step, int(steps)))
@@ -160,12 +215,29 @@ class LanguageModeling(LightningModule):
         done = min(1.0, (step - self.warmup_steps) / max(1, steps - self.warmup_steps))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + cos(pi * done))
 
+    def on_train_start(self) -> None:
+        """Let the configuration decide on the learning rate where a checkpoint brought its own."""
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        schedule = config.scheduler
+        schedule.base_lrs = [self.lr] * len(schedule.base_lrs)
+        for group, decay in zip(optimizer.param_groups, (self.weight_decay, 0.0), strict=True):
+            lr = self.lr * schedule.lr_lambdas[0](schedule.last_epoch)
+            group.update(lr=lr, initial_lr=self.lr, weight_decay=decay, betas=self.betas)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not _norm([p.detach() for p in self.lm.parameters()]).isfinite():
+            raise self._not_finite(f"weights are not finite at step {self.global_step}")
         if "train" in self.carried:
             checkpoint["carried"] = tree_leaves(self.carried["train"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._saved_leaves = checkpoint.get("carried")
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """The length of all of them as one vector, in float32 or wider; not finite where a value is not."""
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).norm()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
