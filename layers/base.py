@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import gcd
+from math import floor, gcd
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -141,6 +141,15 @@ class available_if:
 def default_head_dim(width: int, largest: int = 64) -> int:
     """The largest common divisor with `largest`: `largest` itself for the usual widths."""
     return gcd(width, largest)
+
+
+def width_of(owner: object, name: str, ratio: float, whole: int, least: int = 1) -> int:
+    """ratio * whole as a width, rounded to the nearest whole number, halves up: 960 / 704 times 704 is 960 and not the
+    959 that float64 gives when cut off, and so is 1.3636 times 704."""
+    width = floor(ratio * whole + 0.5)
+    if width < least:
+        raise UserError(f"{type(owner).__name__}: {name} {ratio} of {whole} is a width of {width}, below {least}")
+    return width
 
 
 def check_divides(owner: object, name: str, value: int, of: str, whole: int) -> None:

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib import import_module
-from math import isfinite
+from math import isfinite, isinf
 from typing import Any, get_args, get_type_hints
 
 from beartype import BeartypeConf
@@ -85,8 +85,24 @@ def check_type(where: str, value: Any, hint: Any) -> None:
             hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("Literal", "one of ")
         )
         raise UserError(f"{where} is {value!r} ({type(value).__name__}); it must be {wanted}")
-    if isinstance(value, float) and not isfinite(value):
-        raise UserError(f"{where} is {value}; it must be a finite number")
+    if not _finite(value):
+        raise UserError(f"{where} is {value}; its numbers must be finite")
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or isfinite(value)
+
+
+def without_infinities(value: Any, within: bool = False) -> Any:
+    """A configuration's value with None for each infinite number in a list: JSON has none, and there both say no limit
+    (`dt_limit: [0, .inf]`). One that stands alone is left for `check_type` to refuse."""
+    if isinstance(value, Mapping):
+        return {key: without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(without_infinities(item, within=True) for item in value)
+    return None if within and isinstance(value, float) and isinf(value) else value
 
 
 def _takes_bool(hint: Any) -> bool:

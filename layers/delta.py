@@ -17,6 +17,7 @@ from subquad.layers.base import (
     default_head_dim,
     dt_bias,
     placement,
+    width_of,
 )
 from subquad.layers.norms import RMSNorm, l2_normalize
 
@@ -54,7 +55,7 @@ class DeltaLayer(Layer):
         n_key_heads = n_key_heads or n_heads
         check_divides(self, "n_key_heads", n_key_heads, "n_heads", n_heads)
         self.n_heads, self.n_key_heads, self.n_factors = n_heads, n_key_heads, n_factors
-        self.K, self.V = head_dim, int(head_dim * expand_v)
+        self.K, self.V = head_dim, width_of(self, "expand_v", expand_v, head_dim)
         self.beta_max = 2.0 if negative_eigenvalues else 1.0
         self.sizes = (n_key_heads * self.K, n_factors * n_key_heads * self.K, n_factors * n_heads * self.V)
         self.qkv_proj = nn.Linear(d_model, sum(self.sizes), bias=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.kernels.linear_attention import linear_attention
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Facts, Layer, check_divides, placement
+from subquad.layers.base import Card, Facts, Layer, check_divides, placement, width_of
 from subquad.layers.norms import RMSNorm
 
 
@@ -47,7 +47,7 @@ class GatedLinearAttention(Layer):
         norm_eps: float = 1e-5,
     ):
         super().__init__()
-        keys, values = int(expand_k * d_model), int(expand_v * d_model)
+        keys, values = width_of(self, "expand_k", expand_k, d_model), width_of(self, "expand_v", expand_v, d_model)
         check_divides(self, "n_heads", n_heads, "expand_k * d_model", keys)
         check_divides(self, "n_heads", n_heads, "expand_v * d_model", values)
         self.n_heads, self.K, self.V = n_heads, keys // n_heads, values // n_heads

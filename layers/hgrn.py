@@ -11,7 +11,7 @@ from subquad.errors import UserError
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.scan import scan
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Facts, Layer, placement
+from subquad.layers.base import Card, Facts, Layer, placement, width_of
 from subquad.layers.norms import RMSNorm
 
 
@@ -48,7 +48,7 @@ class HGRN(Layer):
         n_layers: int = 1,
     ):
         super().__init__()
-        inner = int(expand * d_model)
+        inner = width_of(self, "expand", expand, d_model)
         self.inner = inner
         self.lower_bound = layer_idx / n_layers if lower_bound is None else lower_bound
         if not 0 <= self.lower_bound < 1:

@@ -21,6 +21,7 @@ from subquad.layers.base import (
     dt_bias,
     placement,
     silu_gated,
+    width_of,
 )
 from subquad.layers.norms import RMSNorm
 
@@ -66,7 +67,7 @@ class Mamba(Layer):
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        inner = int(expand * d_model)
+        inner = width_of(self, "expand", expand, d_model)
         rank = dt_rank or ceil(d_model / 16)
         self.inner, self.sizes = inner, (rank, d_state, d_state)
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)

@@ -21,6 +21,7 @@ from subquad.layers.base import (
     dt_bias,
     placement,
     silu_gated,
+    width_of,
 )
 from subquad.layers.norms import RMSNorm
 
@@ -42,7 +43,8 @@ class Mamba2(Layer):
     Arguments
         d_state: N. expand: D' / D. head_dim: width of a head, 64 where it divides D'. n_groups: G, groups of heads that
         share B and C. d_conv: W, width of the convolution. A_range, dt_min, dt_max: ranges of the initial decay rates
-        and step sizes. dt_limit: clamp of the step size. bias: on in_proj and out_proj; conv_bias: on the convolution.
+        and step sizes. dt_limit: bounds of the step size, None (or infinity) for no upper one. bias: on in_proj and
+        out_proj; conv_bias: on the convolution.
         norm: False leaves it out (most of Falcon-H1).
     """
 
@@ -65,14 +67,14 @@ class Mamba2(Layer):
         A_range: tuple[float, float] = (1.0, 16.0),
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
-        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        dt_limit: tuple[float, float | None] = (0.0, None),
         norm: bool = True,
         norm_eps: float = 1e-5,
         bias: bool = False,
         conv_bias: bool = True,
     ):
         super().__init__()
-        inner = int(expand * d_model)
+        inner = width_of(self, "expand", expand, d_model)
         self.head_dim = head_dim or default_head_dim(inner)
         check_divides(self, "head_dim", self.head_dim, "expand * d_model", inner)
         self.n_heads = inner // self.head_dim

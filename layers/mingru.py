@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.kernels.packing import mask_padding
 from subquad.kernels.scan import scan
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Facts, Layer, placement
+from subquad.layers.base import Card, Facts, Layer, placement, width_of
 
 
 class MinGRUState(NamedTuple):
@@ -36,7 +36,7 @@ class MinGRU(Layer):
 
     def __init__(self, d_model: int, *, expand: float = 2.0, positive: bool = False, bias: bool = False):
         super().__init__()
-        inner = int(expand * d_model)
+        inner = width_of(self, "expand", expand, d_model)
         self.inner, self.positive = inner, positive
         self.z_proj = nn.Linear(d_model, inner, bias=bias)
         self.h_proj = nn.Linear(d_model, inner, bias=bias)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from subquad.kernels.packing import mask_padding
-from subquad.layers.base import Card, Facts, Layer
+from subquad.layers.base import Card, Facts, Layer, width_of
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -20,9 +20,9 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "relu2": squared_
 ActivationName = Literal["gelu", "relu", "silu", "relu2"]
 
 
-def hidden_width(d_model: int, expand: float, d_ff: int | None) -> int:
-    """F: as given, or expand * d_model rounded up to a multiple of 8."""
-    return d_ff or -(-int(expand * d_model) // 8) * 8
+def hidden_width(owner: object, d_model: int, expand: float, d_ff: int | None) -> int:
+    """F: as given, or expand * d_model, a whole number, rounded up to a multiple of 8."""
+    return d_ff or -(-width_of(owner, "expand", expand, d_model) // 8) * 8
 
 
 class FeedForward(Layer):
@@ -57,7 +57,7 @@ class MLP(FeedForward):
         bias: bool = False,
     ):
         super().__init__()
-        d_ff = hidden_width(d_model, expand, d_ff)
+        d_ff = hidden_width(self, d_model, expand, d_ff)
         self.activation = ACTIVATIONS[activation]
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
         self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
@@ -81,7 +81,7 @@ class SwiGLU(FeedForward):
 
     def __init__(self, d_model: int, *, expand: float = 8 / 3, d_ff: int | None = None, bias: bool = False):
         super().__init__()
-        d_ff = hidden_width(d_model, expand, d_ff)
+        d_ff = hidden_width(self, d_model, expand, d_ff)
         self.gate_proj = nn.Linear(d_model, d_ff, bias=bias)
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
         self.down_proj = nn.Linear(d_ff, d_model, bias=bias)

@@ -21,6 +21,7 @@ from subquad.layers.base import (
     check_divides,
     default_head_dim,
     placement,
+    width_of,
 )
 from subquad.layers.norms import GroupNorm
 
@@ -63,7 +64,7 @@ class MLSTM(Layer):
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        keys, values = int(expand_qk * d_model), int(expand_v * d_model)
+        keys, values = width_of(self, "expand_qk", expand_qk, d_model), width_of(self, "expand_v", expand_v, d_model)
         n_heads = n_heads or values // default_head_dim(values)
         check_divides(self, "n_heads", n_heads, "expand_qk * d_model", keys)
         check_divides(self, "n_heads", n_heads, "expand_v * d_model", values)

@@ -78,7 +78,7 @@ class MoE(FeedForward):
         layer_idx: int = 0,
     ):
         super().__init__()
-        d_ff = hidden_width(d_model, expand, d_ff)
+        d_ff = hidden_width(self, d_model, expand, d_ff)
         self.causal = routing == "token_choice"
         if not self.causal and (renormalize or balance_loss or balance_rate or n_groups > 1):
             raise UserError("MoE: expert_choice takes no renormalize, n_groups, balance_loss or balance_rate")

@@ -17,6 +17,7 @@ from subquad.layers.base import (
     check_divides,
     default_head_dim,
     placement,
+    width_of,
 )
 from subquad.layers.norms import GroupNorm
 from subquad.layers.rotary import rotary_angles, rotate
@@ -57,7 +58,7 @@ class Retention(Layer):
         super().__init__()
         n_heads = n_heads or d_model // default_head_dim(d_model)
         check_divides(self, "n_heads", n_heads, "d_model", d_model)
-        inner = int(expand_v * d_model)
+        inner = width_of(self, "expand_v", expand_v, d_model)
         check_divides(self, "n_heads", n_heads, "expand_v * d_model", inner)
         self.n_heads, self.K, self.V = n_heads, d_model // n_heads, inner // n_heads
         if self.K % 2:

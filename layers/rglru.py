@@ -19,6 +19,7 @@ from subquad.layers.base import (
     conv_weight,
     default_head_dim,
     placement,
+    width_of,
 )
 
 DECAY_SCALE = 8.0  # the paper's c
@@ -60,7 +61,7 @@ class RGLRU(Layer):
         conv_bias: bool = True,
     ):
         super().__init__()
-        inner = int(expand * d_model)
+        inner = width_of(self, "expand", expand, d_model)
         self.inner, self.n_heads = inner, n_heads or inner // default_head_dim(inner, 256)
         check_divides(self, "n_heads", self.n_heads, "expand * d_model", inner)
         self.x_proj = nn.Linear(d_model, inner, bias=bias)

@@ -120,7 +120,8 @@ def choose_tokens(
     order = scores.detach().T.argsort(dim=-1, descending=True, stable=True)  # [E, M]
     order = order.gather(-1, ids[order].argsort(dim=-1, stable=True))  # sequences in order, best first within each
     lengths = cu.diff()
-    capacity = torch.minimum((lengths.double() * (capacity_factor / E)).ceil().long(), lengths)
+    share = lengths.double() * capacity_factor / E
+    capacity = torch.minimum((share * (1 - 1e-12)).ceil().long(), lengths)  # not one more for a rounding error
     ends = capacity.cumsum(0)
     slot = torch.arange(min(M, int(M * capacity_factor / E) + cu.numel()), device=scores.device)
     sequence = torch.searchsorted(ends, slot, right=True).clamp(max=cu.numel() - 2)

@@ -12,7 +12,7 @@ from subquad.kernels.running_max import running_max
 from subquad.kernels.scan import scan
 from subquad.kernels.short_conv import shift
 from subquad.kernels.state import Recurrent, accumulator_dtype
-from subquad.layers.base import Card, Facts, Layer, placement
+from subquad.layers.base import Card, Facts, Layer, placement, width_of
 from subquad.layers.rwkv_parts import TokenShift, initial_decay
 
 LOWEST = -1e38  # of the running maximum: finite in float32, with every decay added to it
@@ -44,7 +44,7 @@ class RWKV4(Layer):
 
     def __init__(self, d_model: int, *, expand: float = 1.0, layer_idx: int = 0, n_layers: int = 1):
         super().__init__()
-        inner = int(expand * d_model)
+        inner = width_of(self, "expand", expand, d_model)
         self.d_model, self.inner = d_model, inner
         place = {"layer_idx": layer_idx, "n_layers": n_layers}
         self.token_shift = TokenShift(d_model, [0.5, 1.0, 1.0], lifts=[0.0, 0.0, 0.3], **place)

@@ -45,7 +45,7 @@ class RWKVChannelMix(Layer):
         n_layers: int = 1,
     ):
         super().__init__()
-        self.d_model, d_ff = d_model, hidden_width(d_model, expand, d_ff)
+        self.d_model, d_ff = d_model, hidden_width(self, d_model, expand, d_ff)
         self.mix = TokenShift(d_model, [1.0] * (2 if gated else 1), layer_idx=layer_idx, n_layers=n_layers)
         self.up_proj = nn.Linear(d_model, d_ff, bias=False)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)

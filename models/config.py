@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from subquad.errors import UserError
-from subquad.layers.build import Spec, check_keys, check_type, one_line
+from subquad.layers.build import Spec, check_keys, check_type, one_line, without_infinities
 
 
 @dataclass
@@ -48,6 +48,7 @@ class LMConfig:
         for name in ("norm_eps", "init_std", "logit_softcap"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
+        self.blocks = without_infinities(self.blocks)
         if not self.blocks:
             raise UserError("blocks is empty; give at least one stage, such as blocks: [{pattern: [{mixer: Mamba2}]}]")
         for i, stage in enumerate(self.blocks):
