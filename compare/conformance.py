@@ -4,16 +4,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 from subquad.arguments import Parser
-from subquad.errors import UserError
+from subquad.errors import UserError, shown
 from subquad.layers.build import build_layer, find_layer
 from subquad.layers.conformance import PROPERTIES, Subject, attempt
+from subquad.reading import parse_yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,5 +45,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _argument(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"--arg takes NAME=VALUE, not {text!r}")
-    return name, yaml.safe_load(value)
+        raise UserError(f"--arg takes NAME=VALUE, not {shown(text)}")
+    return name, parse_yaml(value, f"--arg {shown(text)}")

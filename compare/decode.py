@@ -31,14 +31,13 @@ from subquad.compare.meters import free_bytes
 from subquad.compare.models import active_parameters, find_config
 from subquad.compare.output import csv_writer, short, typed
 from subquad.compare.results import Point
-from subquad.errors import UserError
+from subquad.errors import UserError, one_line
 from subquad.infer.device import DTYPES, pick_device, pick_dtype
 from subquad.infer.generate import Context, decode
 from subquad.infer.output import check_output, write_atomically
 from subquad.infer.sampling import Sampling
 from subquad.infer.state import nbytes
 from subquad.kernels.state import leaves
-from subquad.layers.build import one_line
 from subquad.models.config import LMConfig
 from subquad.models.lm import LM
 

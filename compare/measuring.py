@@ -23,11 +23,10 @@ from subquad.compare.costs import count, count_op, mixing
 from subquad.compare.meters import free_bytes, joules, peak_bytes, release
 from subquad.compare.results import Kind, Phase, Point
 from subquad.compare.subjects import Subject
-from subquad.errors import UserError
+from subquad.errors import UserError, one_line
 from subquad.infer.state import mark, nbytes, rewind
 from subquad.kernels.backend import Call, recorded_calls
 from subquad.kernels.state import leaves
-from subquad.layers.build import one_line
 
 PIECE = 4096  # tokens read at a time on the way to a context whose reading is not measured
 WARM_UP = 3  # decoded tokens that do not count

@@ -32,14 +32,14 @@ from subquad import configs
 from subquad.arguments import Parser
 from subquad.compare.costs import forward, shares
 from subquad.compare.output import csv_writer, short
-from subquad.errors import UserError, nearest
+from subquad.errors import UserError, nearest, one_line
 from subquad.infer.device import DTYPES, pick_dtype
 from subquad.infer.output import check_output, write_atomically
 from subquad.infer.state import nbytes
-from subquad.layers.build import one_line
 from subquad.models.checkpoint import CONFIG
-from subquad.models.config import LMConfig, read_mapping
+from subquad.models.config import LMConfig
 from subquad.models.lm import LM
+from subquad.reading import read_mapping
 
 Row = dict[str, Any]
 

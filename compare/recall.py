@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,9 +31,10 @@ from subquad.compare.recall_runs import Results, Row, carry_out, knobs
 from subquad.compare.recall_tasks import TASKS, Task
 from subquad.compare.shipped import folder
 from subquad.compare.subjects import label, specification
-from subquad.errors import UserError, nearest
+from subquad.errors import UserError, nearest, shown
 from subquad.infer.device import pick_device
 from subquad.infer.output import check_output, write_atomically
+from subquad.reading import parse_yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,10 +108,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if given.first is not None:
         given.first = specification("--first", given.first)
     if given.lr is not None:
-        try:
-            given.lr = yaml.safe_load(given.lr)
-        except yaml.YAMLError:
-            raise UserError(f"--lr: {given.lr!r} is no valid YAML") from None
+        given.lr = parse_yaml(given.lr, f"--lr: {shown(given.lr)}")
     parser.at_least(given, "workers", 1)
     return given
 

@@ -13,8 +13,8 @@ from subquad.compare.recall_tasks import TASKS, Task, make_task
 from subquad.compare.subjects import label
 from subquad.errors import UserError, nearest
 from subquad.layers.build import check_keys, check_type
-from subquad.models.config import read_mapping
 from subquad.models.lm import LM
+from subquad.reading import read_mapping
 
 Spec = str | dict[str, Any]
 KINDS: dict[str, Any] = {
@@ -144,7 +144,7 @@ def rate(where: str, lr: Any, spec: Spec) -> float:
             raise UserError(f"{where} has neither {name!r} nor {OTHERS!r}; give either a learning rate")
         return rate(where, lr.get(name, lr.get(OTHERS)), spec)
     try:
-        value = float(lr)  # YAML takes 3e-3 for a word
+        value = float(lr)
     except (TypeError, ValueError):
         raise UserError(f"{where} is {lr!r}; it must be a number, or a mapping of layers to numbers") from None
     if not 0 < value < float("inf"):

@@ -20,9 +20,8 @@ from rich.console import Console
 from torch import nn
 
 from subquad.compare.recall_tasks import Task, make_task
-from subquad.errors import UserError
+from subquad.errors import UserError, one_line
 from subquad.infer.state import nbytes
-from subquad.layers.build import one_line
 from subquad.models.config import LMConfig
 from subquad.models.lm import LM
 from subquad.train.cli import quiet

@@ -9,9 +9,9 @@ import torch
 
 from subquad.compare.models import find_config
 from subquad.compare.subjects import Spec, long_enough
-from subquad.errors import UserError
+from subquad.errors import UserError, one_line
 from subquad.infer.state import nbytes
-from subquad.layers.build import build_layer, one_line
+from subquad.layers.build import build_layer
 from subquad.models.lm import LM
 
 GROWS = 1.5  # a state that is so many times larger at twice the length grows with it

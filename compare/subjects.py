@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from subquad.compare.models import find_config
-from subquad.errors import UserError
+from subquad.errors import UserError, shown
 from subquad.layers import available
 from subquad.layers.build import build_layer
 from subquad.models.lm import LM
+from subquad.reading import parse_yaml
 
 Spec = str | dict[str, Any]
 
@@ -35,12 +35,9 @@ class Subject:
 
 def specification(option: str, text: str) -> Spec:
     """The name or the mapping {name: ..., ...} that a word of the command line is."""
-    try:
-        spec = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{option}: {text!r} is no valid YAML: {' '.join(str(error).split())}") from error
+    spec = parse_yaml(text, f"{option}: {shown(text)}")
     if not isinstance(spec, str | dict):
-        raise UserError(f"{option}: {text!r} is neither a name nor a mapping {{name: ..., ...}}")
+        raise UserError(f"{option}: {shown(text)} is neither a name nor a mapping {{name: ..., ...}}")
     return spec
 
 

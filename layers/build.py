@@ -12,11 +12,12 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 from torch import nn
 
-from subquad.errors import UserError, nearest
+from subquad.errors import UserError, nearest, one_line, shown, shown_text
 
 Spec = Mapping[str, Any]
 _NUMBERS = BeartypeConf(is_pep484_tower=True)  # an int may stand where a float is asked for
 _GIVEN_BY_MODEL = ("d_model", "layer_idx", "n_layers")
+MOST = 2**31 - 1  # of every count and width: kernels index with 32 bits
 
 
 def build_layer(where: str, spec: str | Spec, *, d_model: int, layer_idx: int, n_layers: int) -> nn.Module:
@@ -24,7 +25,9 @@ def build_layer(where: str, spec: str | Spec, *, d_model: int, layer_idx: int, n
     arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = arguments.pop("name", None)
     if not isinstance(name, str):
-        raise UserError(f"{where} needs a name, such as {{name: Mamba2}}; it has: {', '.join(arguments) or 'nothing'}")
+        raise UserError(
+            f"{where} needs a name, such as {{name: Mamba2}}; it has: {shown_text(', '.join(arguments) or 'nothing')}"
+        )
     cls = find_layer(where, name)
     parameters = inspect.signature(cls.__init__).parameters
     accepted = [p for p in parameters if p != "self" and p not in _GIVEN_BY_MODEL]
@@ -43,7 +46,7 @@ def build_layer(where: str, spec: str | Spec, *, d_model: int, layer_idx: int, n
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except (ArithmeticError, RuntimeError, ValueError) as error:  # what torch says to shapes that cannot be
-        values = ", ".join(f"{key} {value!r}" for key, value in arguments.items())
+        values = ", ".join(f"{key} {shown(value)}" for key, value in arguments.items())
         raise UserError(
             f"{where}: {name} cannot be built with {values or 'its defaults'}: {one_line(error)}"
         ) from error
@@ -56,19 +59,20 @@ def find_layer(where: str, name: str) -> type[nn.Module]:
 
         known = available()
         if name not in known:
-            raise UserError(f"{where}: there is no layer {name!r}; {nearest(name, known)}")
+            raise UserError(f"{where}: there is no layer {shown(name)}; {nearest(name, known)}")
         return known[name]
     module_name, _, attribute = name.rpartition(".")
     # Commands keep the current folder off the path, where a user's own module may well lie; last, it shadows nothing.
     sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{where}: cannot import the layer {name!r}: {one_line(error)}") from error
+    except Exception as error:  # whatever the module raises
+        reason = one_line(error) if isinstance(error, ImportError | AttributeError) else shown(error)
+        raise UserError(f"{where}: cannot import the layer {shown(name)}: {reason}") from error
     finally:
         sys.path.pop()
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise UserError(f"{where}: {name!r} is no torch module class")
+        raise UserError(f"{where}: {shown(name)} is no torch module class")
     return found
 
 
@@ -76,7 +80,7 @@ def check_keys(where: str, given: Spec, allowed: list[str]) -> None:
     for key in given:
         if key not in allowed:
             place = f"{where}: " if where else ""
-            raise UserError(f"{place}unknown key {key!r}; {nearest(str(key), allowed)}")
+            raise UserError(f"{place}unknown key {shown(key)}; {nearest(str(key), allowed)}")
 
 
 def check_type(where: str, value: Any, hint: Any) -> None:
@@ -84,7 +88,7 @@ def check_type(where: str, value: Any, hint: Any) -> None:
         wanted = (
             hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("Literal", "one of ")
         )
-        raise UserError(f"{where} is {value!r} ({type(value).__name__}); it must be {wanted}")
+        raise UserError(f"{where} is {shown(value)} ({type(value).__name__}); it must be {wanted}")
     if not _finite(value):
         raise UserError(f"{where} is {value}; its numbers must be finite")
 
@@ -105,6 +109,13 @@ def without_infinities(value: Any, within: bool = False) -> Any:
     return None if within and isinstance(value, float) and isinf(value) else value
 
 
+def check_range(where: str, value: int, smallest: int, largest: int = MOST) -> None:
+    if value < smallest:
+        raise UserError(f"{where} is {shown(value)}; it must be at least {smallest}")
+    if value > largest:
+        raise UserError(f"{where} is {shown(value)}; it must be at most {largest:,}")
+
+
 def _takes_bool(hint: Any) -> bool:
     """Whether a truth value may stand there; for Python it is an int as well."""
     return hint in (Any, bool) or any(_takes_bool(part) for part in get_args(hint))
@@ -112,10 +123,5 @@ def _takes_bool(hint: Any) -> bool:
 
 def _check_count(where: str, value: Any, default: Any) -> None:
     """The whole numbers of our layers are counts and widths: none is negative, and 0 only where it is the default."""
-    smallest = 0 if default == 0 else 1
-    if isinstance(value, int) and not isinstance(value, bool) and value < smallest:
-        raise UserError(f"{where} is {value}; it must be at least {smallest}")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    if isinstance(value, int) and not isinstance(value, bool):
+        check_range(where, value, 0 if default == 0 else 1)

@@ -1,15 +1,15 @@
 """A model's configuration: a mapping, checked word by word before anything is built."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import yaml
+from subquad.errors import UserError, shown, shown_text
+from subquad.layers.build import Spec, check_keys, check_range, check_type, without_infinities
+from subquad.reading import read_mapping
 
-from subquad.errors import UserError
-from subquad.layers.build import Spec, check_keys, check_type, one_line, without_infinities
+MOST_BLOCKS = 2000
 
 
 @dataclass
@@ -43,8 +43,7 @@ class LMConfig:
         for f in fields(self):
             check_type(f.name, getattr(self, f.name), hints[f.name])
         for name in ("d_model", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            check_range(name, getattr(self, name), 1)
         for name in ("norm_eps", "init_std", "logit_softcap"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -53,6 +52,9 @@ class LMConfig:
             raise UserError("blocks is empty; give at least one stage, such as blocks: [{pattern: [{mixer: Mamba2}]}]")
         for i, stage in enumerate(self.blocks):
             _check_stage(f"blocks[{i}]", stage)
+        count = sum(stage.get("repeat", 1) * len(stage["pattern"]) for stage in self.blocks)
+        if count > MOST_BLOCKS:
+            raise UserError(f"blocks and their repeats make {count:,} blocks; a model has at most {MOST_BLOCKS:,}")
 
     @classmethod
     def from_dict(cls, values: Spec) -> "LMConfig":
@@ -83,42 +85,44 @@ class LMConfig:
         ]
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} is no valid {'JSON' if path.suffix == '.json' else 'YAML'}: {one_line(error)}"
-        ) from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}; a configuration is a mapping of keys to values")
-    return values
+def refuse_code(values: Any, source: str | Path) -> None:
+    """One sentence where `values`, which nobody named but which lie in `source`, would import a class and so run code.
+
+    A name with a dot is one; no other word of a model's configuration has a dot.
+    """
+    level = [values]
+    while level:
+        for name in level:
+            if isinstance(name, str) and "." in name:
+                raise UserError(
+                    f"{shown_text(str(source))} names the class {shown(name)}, which would be imported and run; pass "
+                    "trust_code (--trust_code) if you trust it"
+                )
+        level = [
+            item
+            for v in level
+            if isinstance(v, Mapping | list)
+            for item in (v.values() if isinstance(v, Mapping) else v)
+        ]
 
 
 def _check_stage(where: str, stage: Any) -> None:
     if not isinstance(stage, Mapping):
-        raise UserError(f"{where} is {stage!r}; a stage is a mapping {{repeat: n, pattern: [...]}}")
+        raise UserError(f"{where} is {shown(stage)}; a stage is a mapping {{repeat: n, pattern: [...]}}")
     check_keys(where, stage, ["repeat", "pattern"])
     check_type(f"{where}.repeat", stage.get("repeat", 1), int)
-    if stage.get("repeat", 1) < 1:
-        raise UserError(f"{where}.repeat is {stage['repeat']}; it must be at least 1")
+    check_range(f"{where}.repeat", stage.get("repeat", 1), 1, MOST_BLOCKS)
     pattern = stage.get("pattern")
     if not isinstance(pattern, list) or not pattern:
-        raise UserError(f"{where}.pattern is {pattern!r}; it must be a list of blocks such as [{{mixer: Mamba2}}]")
+        raise UserError(f"{where}.pattern is {shown(pattern)}; it must be a list of blocks such as [{{mixer: Mamba2}}]")
     for j, block in enumerate(pattern):
         here = f"{where}.pattern[{j}]"
         if not isinstance(block, Mapping) or not block:
             raise UserError(
-                f"{here} is {block!r}; a block is a mapping {{mixer: ..., ffn: ...}} with at least one of them"
+                f"{here} is {shown(block)}; a block is a mapping {{mixer: ..., ffn: ...}} with at least one of them"
             )
         check_keys(here, block, ["mixer", "ffn", "parallel"])
         check_type(f"{here}.parallel", block.get("parallel", False), bool)
         for part, spec in block.items():
             if part != "parallel" and spec is not None and not isinstance(spec, str | Mapping):
-                raise UserError(f"{here}.{part} is {spec!r}; give a layer's name or a mapping {{name: ..., ...}}")
+                raise UserError(f"{here}.{part} is {shown(spec)}; give a layer's name or a mapping {{name: ..., ...}}")

@@ -10,10 +10,11 @@ import re
 import shutil
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
+from jsonargparse import set_dumper, set_loader
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -21,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from subquad.errors import UserError, nearest
 from subquad.models import checkpoint
+from subquad.reading import dump_yaml, parse_yaml, read_mapping
 from subquad.train.checkpoints import AtomicCheckpointIO, RunCheckpoints, Stopped, newest
 from subquad.train.data import TextData
 from subquad.train.progress import RunProgress, draw_curve, read_metrics
@@ -53,8 +55,15 @@ TRAINER_DEFAULTS = {
 }
 
 
+set_loader("subquad", lambda text: parse_yaml(text, "the configuration"), (UserError,))
+set_dumper("subquad", dump_yaml)
+
+
 class Parser(LightningArgumentParser):
-    """An argument parser that raises instead of printing its usage."""
+    """An argument parser that raises instead of printing its usage, and reads YAML as all of subquad does."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs, parser_mode="subquad")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(message) from ex
@@ -79,7 +88,7 @@ class TrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             self.config = parser.parse_args(args)
-        except UserError as error:
+        except (UserError, ValueError, OSError) as error:
             known = [key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys()]  # noqa: SIM118
             raise UserError(one_sentence(str(error), sorted(set(known)))) from error
 
@@ -141,7 +150,7 @@ class TrainCLI(LightningCLI):
             if self.run_folder.exists():
                 shutil.rmtree(self.run_folder)
             self.run_folder.mkdir(parents=True)
-            (self.run_folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            (self.run_folder / "config.yaml").write_text(dump_yaml(values), encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot make the run folder {self.run_folder}: {error.strerror}") from error
 
@@ -252,9 +261,17 @@ def run_folder_of(argv: list[str]) -> Path | None:
     return None
 
 
+def configurations(argv: list[str]) -> list[str]:
+    """The files that --config names."""
+    named = [after for option, after in pairwise(argv) if option in ("-c", "--config")]
+    return named + [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+
+
 def with_run_config(argv: list[str], run: Path | None) -> list[str]:
     """The arguments with the run's own configuration where it is to be gone on with and none is given."""
-    given = any(a in ("-c", "--config") or a.startswith("--config=") for a in argv)
+    given = configurations(argv)
+    for path in given:
+        read_mapping(path)  # what it says to a file that it does not read is clearer than what the parser says
     goes_on = "--resume" in argv or argv[0] in ("validate", "test")
     if given or run is None or not goes_on:
         return argv
@@ -281,6 +298,6 @@ def one_sentence(message: str, known: Sequence[str]) -> str:
     if found := re.search(r"File does not exist: '?([^']+)'?", text):
         return f"there is no configuration file {found[1]}"
     if found := re.search(r"Problems parsing config: (.*)", text):
-        return f"the configuration is no valid YAML: {found[1]}"
+        return found[1]
     text = re.sub(r"<class '([^']+)'>", r"\1", text)
     return re.sub(r"Parser key \"([^\"]+)\":", r"\1:", text)

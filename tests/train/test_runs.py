@@ -210,7 +210,7 @@ def test_half_a_row_of_metrics_is_left_out(tmp_path):
 
 
 BAD = {
-    "no config file": (["--config", "nowhere.yaml"], "there is no configuration file .*nowhere.yaml"),
+    "no config file": (["--config", "nowhere.yaml"], "cannot read the configuration nowhere.yaml: No such file"),
     "misspelt option": (["--model.lm.d_modle", "5"], "'model.lm.d_modle'; did you mean 'model.lm.d_model'"),
     "misspelt trainer option": (["--trainer.max_stps", "5"], "did you mean 'trainer.max_steps'"),
     "wrong type": (["--model.lr", "fast"], "model.lr.*float.*fast"),
