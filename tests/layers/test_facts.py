@@ -26,7 +26,10 @@ CHOICES = {
 }
 # Matrices that multiply the features of a token, besides those of nn.Linear: all that weight decay is for.
 MATRICES = {"gate_up", "down", "gate_weight", "up", "e_k", "e_v", "q_weight", "k_weight"}
-SMALL = [name for name in configs.names() if "/" not in name]
+FEW = ("deepseek_moe", "demo", "griffin", "hyena", "hymba", "mla", "rwkv7", "s4")  # the others are slow tests
+MODELS = [
+    pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in configs.names() if "/" not in name
+]
 
 
 def build(name):
@@ -89,7 +92,7 @@ def test_into_the_residual_stream_leads_one_projection(name):
     assert last == wanted and (last or name in ("S5", "MoE"))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_keeps_facts_outputs_and_ties(name):
     model = LM.from_config(configs.folder() / f"{name}.yaml").eval()
     tokens = torch.randint(256, (1, 5))

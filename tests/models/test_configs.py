@@ -28,6 +28,7 @@ def test_config_learns_and_generates(name):
         loss = cross_entropy(model(text[:, :-1])[0], text[:, 1:])
         optimizer.zero_grad()
         loss.backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == []  # data parallelism waits for each
         optimizer.step()
         losses.append(loss.item())
     if not decodes(model):
