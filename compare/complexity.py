@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.json:
         measured = _resumed(measured, given)
     subjects = [layer_subject(name, spec, given.d_model, device, dtype) for name, spec in specs.items()]
-    subjects += [model_subject(name, device, dtype) for name in given.configs]
+    subjects += [model_subject(name, device, dtype, trust_code=given.trust_code) for name in given.configs]
 
     run(measured, subjects, Setting(given.batch, given.new_tokens, given.repeat, device), given.json)
 
@@ -104,6 +104,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=1080, help=BUDGET_HELP)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default the first GPU, else cpu")
     parser.add_argument("--dtype", default="float32", help=", ".join(DTYPES) + " (float32)")
+    parser.add_argument("--trust-code", action="store_true", help="let what lies in a model's folder import classes")
     parser.add_argument("--csv", type=Path, help="write the points here")
     parser.add_argument("--json", type=Path, help="keep the measurements here, with all that they depend on")
     parser.add_argument("--png", type=Path, help="draw the curves here")

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--read", type=int, default=8192, help="tokens read of a longer context (8192)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default the first GPU, else cpu")
     parser.add_argument("--dtype", default="float32", help=", ".join(DTYPES) + " (float32), of weights and caches")
+    parser.add_argument("--trust-code", action="store_true", help="let what lies in a model's folder import classes")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     parser.add_argument("--json", type=Path, help="write the measurements here, for compare pick --from")
     parser.add_argument("--png", type=Path, help="draw tokens a second and state bytes here")
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert dtype is not None
     for path in filter(None, (given.csv, given.json, given.png)):
         check_output(path, overwrite=given.overwrite)
-    found = {name: find_config(name) for name in given.configs}
+    found = {name: find_config(name, trust_code=given.trust_code) for name in given.configs}
     sketches = {name: sketch_of(name, config) for name, config in found.items()}
     contexts = sorted(set(given.contexts))
     settings = {name: getattr(given, name) for name in ("batch", "dtype", "new_tokens", "read")}

@@ -37,7 +37,7 @@ from subquad.infer.device import DTYPES, pick_dtype
 from subquad.infer.output import check_output, write_atomically
 from subquad.infer.state import nbytes
 from subquad.models.checkpoint import CONFIG
-from subquad.models.config import LMConfig
+from subquad.models.config import LMConfig, refuse_code
 from subquad.models.lm import LM
 from subquad.reading import read_mapping
 
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 131072], help="of the state (1024 131072)")
     parser.add_argument("--tokens", type=int, default=1024, help="of the sequence whose FLOPs are counted (1024)")
     parser.add_argument("--dtype", default="bfloat16", help=", ".join(DTYPES) + " (bfloat16), of weights and caches")
+    parser.add_argument("--trust-code", action="store_true", help="let what lies in a model's folder import classes")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     parser.add_argument("--json", type=Path, help="write the rows and what could not be counted here")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in filter(None, (given.csv, given.json)):
         check_output(path, overwrite=given.overwrite)
     contexts = sorted(set(given.contexts))
-    found = {name: find_config(name) for name in given.configs}
+    found = {name: find_config(name, trust_code=given.trust_code) for name in given.configs}
 
     rows, notes = [], []
     for name, config in found.items():
@@ -86,9 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def find_config(text: str) -> LMConfig:
-    """The configuration that a word of the command line stands for."""
+def find_config(text: str, *, trust_code: bool = False) -> LMConfig:
+    """The configuration that a word of the command line stands for; a model's folder names classes if trusted."""
     values = _read(text)
+    if Path(text).is_dir() and not trust_code:
+        refuse_code(values, Path(text) / CONFIG)
     try:
         return LMConfig.from_dict(values)
     except UserError as error:

@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--for", dest="phase", default="decode", help=", ".join(PHASES) + " (decode): orders the rows")
     parser.add_argument("--blocks", type=int, default=24, help="layers in a stack (24)")
     parser.add_argument("--from", dest="files", nargs="+", type=Path, metavar="FILE", help="your measurements")
+    parser.add_argument("--trust-code", action="store_true", help="let the measurements import classes")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     given = parser.parse_args(argv)
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, everything = Console(), []
     for measured, name in zip(files, names, strict=True):
         for kind in ("layer", "model"):
-            found = choices(measured, kind, given.phase, given.length, given.batch, given.blocks)
+            found = choices(measured, kind, given.phase, given.length, given.batch, given.blocks, given.trust_code)
             if found:
                 ranked = sorted(found, key=lambda choice: rank(choice, given.phase, memory))
                 console.print(_table(ranked, measured, name, kind, given, memory, console.width))
@@ -112,23 +113,27 @@ def parse_bytes(text: str) -> int:
     return round(float(match[1]) * UNITS[unit])
 
 
-def choices(measured: Measurements, kind: Kind, phase: Phase, length: int, batch: int, blocks: int) -> list[Choice]:
+def choices(
+    measured: Measurements, kind: Kind, phase: Phase, length: int, batch: int, blocks: int, trust_code: bool = False
+) -> list[Choice]:
     """Of every subject of this kind with a point in this phase."""
     return [
-        choice(measured, subject, kind, length, batch, blocks if kind == "layer" else 1)
+        choice(measured, subject, kind, length, batch, blocks if kind == "layer" else 1, trust_code)
         for subject in measured.subjects(kind)
         if any(True for _ in measured.select(kind, phase, subject))
     ]
 
 
-def choice(measured: Measurements, subject: str, kind: Kind, length: int, batch: int, blocks: int) -> Choice:
+def choice(
+    measured: Measurements, subject: str, kind: Kind, length: int, batch: int, blocks: int, trust_code: bool = False
+) -> Choice:
     """What one subject needs and takes, `blocks` times where it is a layer."""
     settings = measured.settings
     dtype = pick_dtype(settings["dtype"])
     assert dtype is not None
     found = Choice(subject, kind)
     try:
-        counted = sizes(subject, kind, settings.get("d_model"), length, batch, dtype)
+        counted = sizes(subject, kind, settings.get("d_model"), length, batch, dtype, trust_code)
     except UserError as error:
         found.cannot = dict.fromkeys(PHASES, str(error))
         return found

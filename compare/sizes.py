@@ -12,6 +12,7 @@ from subquad.compare.subjects import Spec, long_enough
 from subquad.errors import UserError, one_line
 from subquad.infer.state import nbytes
 from subquad.layers.build import build_layer
+from subquad.models.config import refuse_code
 from subquad.models.lm import LM
 
 GROWS = 1.5  # a state that is so many times larger at twice the length grows with it
@@ -29,9 +30,15 @@ class Sizes(NamedTuple):
 
 
 def sizes(
-    subject: str, kind: Literal["layer", "model"], d_model: int | None, length: int, batch: int, dtype: torch.dtype
+    subject: str,
+    kind: Literal["layer", "model"],
+    d_model: int | None,
+    length: int,
+    batch: int,
+    dtype: torch.dtype,
+    trust_code: bool = False,
 ) -> Sizes:
-    module = _built(subject, kind, d_model, length)
+    module = _built(subject, kind, d_model, length, trust_code)
     parameters = sum(p.numel() for p in module.parameters())
     weights = parameters * dtype.itemsize
     limits = (getattr(part, "max_len", None) for part in module.modules())
@@ -49,14 +56,20 @@ def sizes(
 
 
 @lru_cache(maxsize=256)
-def _built(subject: str, kind: str, d_model: int | None, length: int) -> Any:
+def _built(subject: str, kind: str, d_model: int | None, length: int, trust_code: bool) -> Any:
     """On the meta device."""
     with torch.device("meta"):
         if kind == "model":
-            return LM(find_config(subject)).eval()
+            config = find_config(subject, trust_code=trust_code)
+            if not trust_code:  # nobody named it but the measurements
+                refuse_code(config.blocks, subject)
+            return LM(config).eval()
         if d_model is None:
             raise UserError(f"the measurements of {subject} do not say its width: 'd_model' is not among the settings")
-        spec = long_enough(specification_of(subject), length)
+        spec = specification_of(subject)
+        if not trust_code:
+            refuse_code(spec, "the measurements")
+        spec = long_enough(spec, length)
         return build_layer("the measurements", spec, d_model=d_model, layer_idx=0, n_layers=1).eval()
 
 

@@ -77,9 +77,9 @@ def layer_subject(name: str, spec: Spec, d_model: int, device: torch.device, dty
     return Subject(name, "layer", build, inputs, d_model)
 
 
-def model_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
+def model_subject(name: str, device: torch.device, dtype: torch.dtype, *, trust_code: bool = False) -> Subject:
     """The model of a configuration, with random weights; what cannot be built is told at once."""
-    config = find_config(name)
+    config = find_config(name, trust_code=trust_code)
 
     def build() -> nn.Module:
         torch.manual_seed(0)

@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
     running = p.add_argument_group("running")
     running.add_argument("--prefill-chunk", type=int, default=4096, metavar="N", help="prompt tokens a call (4096)")
+    running.add_argument("--trust-code", action="store_true", help="let what lies in a model's folder import classes")
     running.add_argument("--dtype", help="float32, bfloat16, float16 or float64; float32 by default")
     running.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default the first GPU, else cpu")
     running.add_argument("--stats", metavar="F", help="write speeds, state bytes and peak memory as JSON")

@@ -29,8 +29,9 @@ def main(argv: list[str]) -> int:
         if path is not None:
             check_output(path, overwrite=options.overwrite)
     texts = [read(path) for path in files(options.data)]
-    model = load(options.model, device=device, dtype=dtype)
-    losses = measure(model, load_tokenizer(options.model), texts, context=options.context, chunk=options.chunk)
+    model = load(options.model, device=device, dtype=dtype, trust_code=options.trust_code)
+    tokenizer = load_tokenizer(options.model, trust_code=options.trust_code)
+    losses = measure(model, tokenizer, texts, context=options.context, chunk=options.chunk)
     show(losses)
     if options.json is not None:
         text = json.dumps(summary(losses), indent=2) + "\n"
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", metavar="F", help="write the figures as JSON")
     p.add_argument("--png", metavar="F", help="draw bits per byte against the position")
     p.add_argument("--overwrite", action="store_true", help="let --json and --png replace files")
+    p.add_argument("--trust-code", action="store_true", help="let what lies in a model's folder import classes")
     p.add_argument("--dtype", help="float32, bfloat16, float16 or float64; float32 by default")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default the first GPU, else cpu")
     return p

@@ -37,8 +37,8 @@ def run(options: argparse.Namespace) -> int:
         if path is not None:
             check_output(path, overwrite=options.overwrite)
     prompt = read_prompt(options)
-    model = load(options.model, device=device, dtype=dtype)
-    tokenizer = load_tokenizer(options.model)
+    model = load(options.model, device=device, dtype=dtype, trust_code=options.trust_code)
+    tokenizer = load_tokenizer(options.model, trust_code=options.trust_code)
     memory = PeakMemory(device)
     tokens = None if prompt is None else encode(tokenizer, prompt, model.config.vocab_size)
     del prompt

@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 import subquad
 from subquad.errors import UserError
-from subquad.models.config import LMConfig, read_mapping
+from subquad.models.config import LMConfig, refuse_code
 from subquad.models.lm import LM
+from subquad.reading import read_mapping
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -63,8 +64,17 @@ def save(model: LM, folder: str | Path, *, tokenizer: Any = None, overwrite: boo
     return folder
 
 
-def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LM:
-    """The model in `folder`, ready to run (in eval mode). `dtype` converts its floating-point weights."""
+def load(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_code: bool = False,
+) -> LM:
+    """The model in `folder`, ready to run (in eval mode). `dtype` converts its floating-point weights.
+
+    trust_code: import the classes that its config.json names by dotted paths; else that is an error.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}")
@@ -76,6 +86,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
         raise UserError(
             f"{folder / CONFIG} was not written by subquad: it has no 'format': 'subquad' with an 'lm' part"
         )
+    if not trust_code:
+        refuse_code(values["lm"], folder / CONFIG)
     config = LMConfig.from_dict(values["lm"])
     with torch.random.fork_rng(devices=[]), torch.device(device), _NoInit():
         model = LM(config)

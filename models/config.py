@@ -85,7 +85,7 @@ class LMConfig:
         ]
 
 
-def refuse_code(values: Any, source: str | Path) -> None:
+def refuse_code(values: Any, source: str | Path, how: str = "pass trust_code (--trust-code) if you trust it") -> None:
     """One sentence where `values`, which nobody named but which lie in `source`, would import a class and so run code.
 
     A name with a dot is one; no other word of a model's configuration has a dot.
@@ -95,8 +95,7 @@ def refuse_code(values: Any, source: str | Path) -> None:
         for name in level:
             if isinstance(name, str) and "." in name:
                 raise UserError(
-                    f"{shown_text(str(source))} names the class {shown(name)}, which would be imported and run; pass "
-                    "trust_code (--trust_code) if you trust it"
+                    f"{shown_text(str(source))} names the class {shown(name)}, which would be imported and run; {how}"
                 )
         level = [
             item

@@ -55,7 +55,7 @@ class HFTokenizer:
 
     kind = "huggingface"
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, trust_code: bool = False):
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         path = Path(path)
@@ -67,7 +67,9 @@ class HFTokenizer:
             if path.is_file():
                 self.tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
             else:
-                self.tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    str(path), local_files_only=True, trust_remote_code=trust_code
+                )
         except Exception as error:  # the libraries raise bare Exceptions for malformed files
             raise UserError(f"{path} holds no tokenizer that loads: {' '.join(str(error).split())}") from error
         self.vocab_size = len(self.tokenizer)
@@ -107,15 +109,18 @@ class HFTokenizer:
         self.tokenizer.save_pretrained(str(folder))
 
 
-def load_tokenizer(spec: str | Path = "bytes") -> Tokenizer:
-    """'bytes', a tokenizer.json, a Hugging Face folder, or the folder of a model saved by subquad."""
+def load_tokenizer(spec: str | Path = "bytes", *, trust_code: bool = False) -> Tokenizer:
+    """'bytes', a tokenizer.json, a Hugging Face folder, or the folder of a model saved by subquad.
+
+    trust_code: run the Python code that a Hugging Face folder may hold; else that is an error.
+    """
     if spec == "bytes":
         return ByteTokenizer()
     folder = Path(spec)
     if (folder / "config.json").is_file():
-        from subquad.models.config import read_mapping
+        from subquad.reading import read_mapping
 
         values = read_mapping(folder / "config.json")
         if values.get("format") == "subquad" and values.get("tokenizer") == "bytes":
             return ByteTokenizer()
-    return HFTokenizer(folder)
+    return HFTokenizer(folder, trust_code)

@@ -27,6 +27,7 @@ from subquad.train.checkpoints import AtomicCheckpointIO, RunCheckpoints, Stoppe
 from subquad.train.data import TextData
 from subquad.train.progress import RunProgress, draw_curve, read_metrics
 from subquad.train.task import LanguageModeling
+from subquad.train.trust import check_run_config
 
 SUBCOMMANDS = ("fit", "validate", "test")
 NOT_OURS_TO_HEED = (
@@ -75,6 +76,7 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str, default="runs/latest", help="folder of the run")
         parser.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+        parser.add_argument("--trust_code", action="store_true", help="let the run's own config.yaml import classes")
         parser.add_argument("--resume", action="store_true", help="go on from the folder's newest checkpoint")
         parser.add_argument("--checkpoint_every", type=int, default=200, help="steps between checkpoints")
         parser.link_arguments("seed_everything", "data.seed")
@@ -145,7 +147,7 @@ class TrainCLI(LightningCLI):
 
     def _make_run_folder(self) -> None:
         self._dump_config()
-        values = {k: v for k, v in self.config_dump.items() if k not in ("config", "overwrite", "resume")}
+        values = {k: v for k, v in self.config_dump.items() if k not in ("config", "overwrite", "resume", "trust_code")}
         try:
             if self.run_folder.exists():
                 shutil.rmtree(self.run_folder)
@@ -277,7 +279,10 @@ def with_run_config(argv: list[str], run: Path | None) -> list[str]:
         return argv
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} holds no run: it has no config.yaml")
-    return [argv[0], "--config", str(run / "config.yaml"), *argv[1:]]
+    own = run / "config.yaml"
+    if "--trust_code" not in argv:
+        check_run_config(read_mapping(own), own)
+    return [argv[0], "--config", str(own), *argv[1:]]
 
 
 def quiet() -> None:
