@@ -13,6 +13,7 @@ from beartype.door import is_bearable
 from torch import nn
 
 from subquad.errors import UserError, nearest, one_line, shown, shown_text
+from subquad.memory import room_for
 
 Spec = Mapping[str, Any]
 _NUMBERS = BeartypeConf(is_pep484_tower=True)  # an int may stand where a float is asked for
@@ -42,7 +43,8 @@ def build_layer(where: str, spec: str | Spec, *, d_model: int, layer_idx: int, n
             _check_count(f"{where}.{key}", value, parameters[key].default)
     given = {"d_model": d_model, "layer_idx": layer_idx, "n_layers": n_layers}
     try:
-        return cls(**{k: v for k, v in given.items() if k in parameters}, **arguments)
+        with room_for(name):
+            return cls(**{k: v for k, v in given.items() if k in parameters}, **arguments)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except (ArithmeticError, RuntimeError, ValueError) as error:  # what torch says to shapes that cannot be

@@ -9,7 +9,8 @@ from subquad.errors import UserError, shown, shown_text
 from subquad.layers.build import Spec, check_keys, check_range, check_type, without_infinities
 from subquad.reading import read_mapping
 
-MOST_BLOCKS = 2000
+MOST_BLOCKS = 512
+WIDEST = 2**20
 
 
 @dataclass
@@ -42,8 +43,8 @@ class LMConfig:
         hints = get_type_hints(LMConfig)
         for f in fields(self):
             check_type(f.name, getattr(self, f.name), hints[f.name])
-        for name in ("d_model", "vocab_size"):
-            check_range(name, getattr(self, name), 1)
+        check_range("d_model", self.d_model, 1, WIDEST)
+        check_range("vocab_size", self.vocab_size, 1)
         for name in ("norm_eps", "init_std", "logit_softcap"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")

@@ -18,6 +18,7 @@ from subquad.errors import UserError
 from subquad.layers.base import covers, declared
 from subquad.layers.build import build_layer
 from subquad.layers.norms import GroupNorm, RMSNorm
+from subquad.memory import room_for
 from subquad.models.config import LMConfig
 
 
@@ -108,20 +109,21 @@ class LM(nn.Module):
         self.config = config
         d, flat = config.d_model, config.flat_blocks()
         make_norm = partial(RMSNorm if config.norm == "rms" else GroupNorm, d, eps=config.norm_eps)
-        self.embedding = nn.Embedding(config.vocab_size, d)
-        blocks = []
-        for i, (where, spec) in enumerate(flat):
-            parts = [
-                build_layer(f"{where}.{part}", spec[part], d_model=d, layer_idx=i, n_layers=len(flat))
-                if spec.get(part) is not None
-                else None
-                for part in ("mixer", "ffn")
-            ]
-            blocks.append(Block(parts[0], parts[1], make_norm, spec.get("parallel", False)))
-        self.blocks = nn.ModuleList(blocks)
-        self.embedding_norm = make_norm() if config.embedding_norm else None
-        self.norm = make_norm()
-        self.head = nn.Linear(d, config.vocab_size, bias=False)
+        with room_for("the embedding"):
+            self.embedding = nn.Embedding(config.vocab_size, d)
+            blocks = []
+            for i, (where, spec) in enumerate(flat):
+                parts = [
+                    build_layer(f"{where}.{part}", spec[part], d_model=d, layer_idx=i, n_layers=len(flat))
+                    if spec.get(part) is not None
+                    else None
+                    for part in ("mixer", "ffn")
+                ]
+                blocks.append(Block(parts[0], parts[1], make_norm, spec.get("parallel", False)))
+            self.blocks = nn.ModuleList(blocks)
+            self.embedding_norm = make_norm() if config.embedding_norm else None
+            self.norm = make_norm()
+            self.head = nn.Linear(d, config.vocab_size, bias=False)
         self.tie_weights()
         self.register_load_state_dict_post_hook(_tie)
         self.checkpoint_activations = False  # recompute each block in the backward pass
@@ -206,7 +208,8 @@ class LM(nn.Module):
                     raise UserError(
                         f"block {i}'s {type(part).__name__} cannot decode: it reads the whole sequence at once"
                     )
-        return LMState(tuple(block.init_state(batch_size, max_len, dtype) for block in self.blocks))
+        with room_for(f"the state of {batch_size:,} x {max_len:,} tokens", self.embedding.weight.device):
+            return LMState(tuple(block.init_state(batch_size, max_len, dtype) for block in self.blocks))
 
     def n_parameters(self) -> int:
         """Trained values, tied ones counted once."""

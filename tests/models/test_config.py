@@ -61,7 +61,7 @@ MISTAKES = {
     "no heads": (with_mixer({"name": "Attention", "n_heads": 0}), [f"{HERE}.n_heads is 0", "at least 1"]),
     "negative width": (with_mixer({"name": "Mamba", "d_conv": -1}), [f"{HERE}.d_conv is -1", "at least 1"]),
     "negative sinks": (with_mixer({"name": "Attention", "n_sinks": -1}), [f"{HERE}.n_sinks is -1", "at least 0"]),
-    "impossible shape": (with_mixer({"name": "Mamba", "expand": -1.0}), [HERE, "Mamba cannot be built", "expand -1.0"]),
+    "impossible shape": (with_mixer({"name": "Mamba", "expand": -1.0}), [HERE, "Mamba", "expand -1.0", "below 1"]),
     "name out of a list": (
         with_mixer({"name": "LinearAttention", "feature_map": "gelu"}),
         [f"{HERE}.feature_map is 'gelu'", "one of", "elu", "taylor"],
