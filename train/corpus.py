@@ -2,29 +2,33 @@
 
 A document is a file, or a range of one. Files are sorted, and files with the same content count once. What is
 validation and what is training follows from the content alone, so it is the same on every machine with the same text.
+A file that changes between being split and being read is noticed.
 """
 
 import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sysconfig
 import tempfile
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from subquad.errors import UserError
 from subquad.folders import cache_folder
 from subquad.models.tokenizer import Tokenizer
+from subquad.reading import read_mapping
 
 FORMAT = 1  # part of every cache key: raise it when the files' meaning changes
+DTYPES = ("|u1", "<u2", "<u4", "<u8")  # of tokens.bin
 FEWEST_FILES = 20  # below this a split by file would rest on a handful of texts
+SHORTEST_END = 64  # bytes: what is cut off a file to validate on is at least about a line
 NOT_TEXT_WORTH_LEARNING = {
     *("test", "tests", "idle_test", "lib2to3", "pydoc_data", "encodings"),
     *("site-packages", "dist-packages", "__pycache__", "__phello__"),
@@ -36,6 +40,7 @@ class TextFile:
     path: Path
     digest: str  # SHA-256 of its bytes
     size: int  # bytes
+    modified: int = field(compare=False)  # ns, when it was digested
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,16 @@ class Document:
     stop: int
 
     def read(self) -> bytes:
-        with open(self.file.path, "rb") as handle:
-            handle.seek(self.start)
-            return handle.read(self.stop - self.start)
+        path = self.file.path
+        try:
+            with open(path, "rb") as handle:
+                status = os.fstat(handle.fileno())
+                if (status.st_size, status.st_mtime_ns) != (self.file.size, self.file.modified):
+                    raise UserError(f"{path} changed while it was read; start again when it is whole")
+                handle.seek(self.start)
+                return handle.read(self.stop - self.start)
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
 
 @dataclass(frozen=True)
@@ -57,16 +69,22 @@ class Tokens:
     """The tokens of some documents, one after the other.
 
     tokens: memory-mapped unsigned integers; document i is tokens[starts[i] : starts[i + 1]].
-    n_bytes: bytes of text they stand for.
+    n_bytes: bytes of text they stand for. digest: checksums of the three.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     n_bytes: int
+    digest: str = ""
 
     @property
     def bytes_per_token(self) -> float:
         return self.n_bytes / max(len(self.tokens), 1)
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens that can be predicted: all but the first of each document."""
+        return len(self.tokens) - int(np.count_nonzero(np.diff(self.starts)))
 
 
 def standard_library() -> list[Path]:
@@ -83,16 +101,38 @@ def expand(patterns: str | Sequence[str], option: str) -> list[Path]:
     """The files that paths and globs (with ** for any depth) name; a pattern that names none is an error."""
     paths: list[Path] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [Path(pattern)] if Path(pattern).exists() else [Path(p) for p in glob.glob(pattern, recursive=True)]
-        if [p for p in found if p.is_dir()] == found and found:
-            raise UserError(
-                f"{option}: {pattern} is a folder; give its files, such as '{pattern.rstrip('/')}/**/*.txt'"
-            )
-        files = [p for p in found if p.is_file()]
+        try:
+            found = [Path(pattern)] if Path(pattern).exists() else [Path(p) for p in _glob(pattern)]
+            if [p for p in found if p.is_dir()] == found and found:
+                raise UserError(
+                    f"{option}: {pattern} is a folder; give its files, such as '{pattern.rstrip('/')}/**/*.txt'"
+                )
+            files = [p for p in found if p.is_file()]
+        except OSError as error:
+            raise UserError(f"{option}: {_unreadable(Path(pattern), error)}") from error
         if not files:
             raise UserError(f"{option}: no file matches {pattern!r}")
         paths += files
     return sorted(set(paths))
+
+
+def _glob(pattern: str) -> Iterator[str]:
+    """What a pattern names; ** enters folders behind links, but each folder once, so that links may form a loop."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    at = parts.index("**")
+    seen: set[str] = set()
+    for head in glob.glob(os.path.join(*parts[:at])) if at else [""]:
+        for folder, subfolders, _ in os.walk(head or ".", followlinks=True):
+            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+            if (real := os.path.realpath(folder)) in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            inside = os.path.relpath(folder) if not head else folder
+            yield from _glob(os.path.join(glob.escape(inside), *(parts[at + 1 :] or ("*",))))
 
 
 def read_files(paths: Iterable[Path]) -> list[TextFile]:
@@ -101,44 +141,72 @@ def read_files(paths: Iterable[Path]) -> list[TextFile]:
     for path in paths:
         try:
             with open(path, "rb") as handle:
+                modified = os.fstat(handle.fileno()).st_mtime_ns
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
                 size = handle.tell()
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
+            raise _unreadable(path, error) from error
         if size:
-            files.setdefault(digest, TextFile(path, digest, size))
+            files.setdefault(digest, TextFile(path, digest, size, modified))
     return list(files.values())
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {path}: {error.strerror or error}")
 
 
 def split(files: Sequence[TextFile], fraction: float) -> tuple[list[Document], list[Document]]:
     """Documents to train on and to validate on.
 
-    From 20 files on the split is by file: in the order of their digests, files go to validation until `fraction` of all
-    bytes is there; none of them makes up more than a tenth of it. Of fewer files, the end of each is validation.
+    The split is by file where there are at least 20 and those of at most a tenth of the validation text suffice for it:
+    in the order of their digests, files go to validation until `fraction` of all bytes is there. Otherwise the end of
+    each file is validation; one that is too short for that passes its share on to the next.
     """
     total = sum(f.size for f in files)
     wanted = int(fraction * total)
-    if len(files) < FEWEST_FILES:
-        cuts = [(f, _cut_near(f, f.size - max(1, int(fraction * f.size)))) for f in files]
-        return [Document(f, 0, cut) for f, cut in cuts if cut], [Document(f, cut, f.size) for f, cut in cuts]
-    chosen: set[str] = set()
+    order = sorted(files, key=lambda f: f.digest)
+    cuts: dict[str, int] = {}  # where a file's validation part begins
     taken = 0
-    for file in sorted(files, key=lambda f: f.digest):
-        if taken < wanted and file.size * 10 <= wanted:
-            chosen.add(file.digest)
-            taken += file.size
-    whole = [Document(f, 0, f.size) for f in files]
-    return [d for d in whole if d.file.digest not in chosen], [d for d in whole if d.file.digest in chosen]
+    if len(files) >= FEWEST_FILES:
+        for file in order:
+            if taken < wanted and file.size * 10 <= wanted:
+                cuts[file.digest] = 0
+                taken += file.size
+    if taken < wanted or not taken:
+        cuts = _ends(order, fraction, min(SHORTEST_END, max(1, wanted // 2)))
+    train = [Document(f, 0, cuts.get(f.digest, f.size)) for f in files]
+    return [d for d in train if d.stop], [Document(d.file, d.stop, d.file.size) for d in train if d.stop < d.file.size]
+
+
+def _ends(files: Sequence[TextFile], fraction: float, shortest: int) -> dict[str, int]:
+    """Where each file's end that is validation begins; what one gives too much or too little, the next makes up."""
+    cuts, owed = {}, 0.0
+    for file in files:
+        owed += fraction * file.size
+        if owed >= file.size:
+            cuts[file.digest] = 0
+        elif owed >= shortest:
+            # However much is owed, a part stays to train on.
+            cut = _cut_near(file, file.size - min(int(owed), int((1 + fraction) / 2 * file.size)))
+            if 0 < cut < file.size:
+                cuts[file.digest] = cut
+        owed -= file.size - cuts.get(file.digest, file.size)
+    return cuts
 
 
 def _cut_near(file: TextFile, offset: int) -> int:
-    """Just after the last line that ends before `offset`, or where no line does, at the start of a UTF-8 character."""
-    window = Document(file, max(0, offset - 65536), offset).read()
-    newline = window.rfind(b"\n")
-    if newline >= 0:
-        return offset - len(window) + newline + 1
-    after = Document(file, offset, min(file.size, offset + 4)).read()
-    return offset + next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), 0)
+    """Where a line begins near `offset`: within half of what lies on the nearer side of it; without one there, where a
+    UTF-8 character begins."""
+    slack = min(offset, file.size - offset, 1 << 17) // 2
+    window = Document(file, offset - slack, offset + slack).read()
+    before, after = window.rfind(b"\n", 0, slack), window.find(b"\n", slack)
+    if before >= 0:
+        return offset - slack + before + 1
+    if after >= 0:
+        return offset - slack + after + 1
+    start = max(0, offset - 3)
+    around = Document(file, start, min(file.size, offset + 1)).read()
+    return next((start + i for i in range(len(around) - 1, -1, -1) if around[i] & 0xC0 != 0x80), offset)
 
 
 def gzip_bits_per_byte(documents: Iterable[Document]) -> float:
@@ -181,7 +249,8 @@ def _key(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
 def _write(folder: Path, documents: Sequence[Document], tokenizer: Tokenizer) -> None:
     """Fill a folder beside `folder` and rename it: a reader sees all of it or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    partial = folder.parent / f".partial-{secrets.token_hex(8)}"
+    partial.mkdir()
     dtype = np.dtype(np.min_scalar_type(tokenizer.vocab_size - 1)).newbyteorder("<")
     starts, n_bytes = [0], 0
     try:
@@ -192,7 +261,9 @@ def _write(folder: Path, documents: Sequence[Document], tokenizer: Tokenizer) ->
                 starts.append(starts[-1] + len(ids))
                 n_bytes += document.stop - document.start
         np.save(partial / "starts.npy", np.asarray(starts, np.int64))
-        meta = {"dtype": dtype.str, "n_bytes": n_bytes}
+        tokens = np.memmap(partial / "tokens.bin", dtype, "r") if starts[-1] else np.zeros(0, dtype)
+        digest = _digest(tokens, np.asarray(starts, np.int64), n_bytes)
+        meta = {"dtype": dtype.str, "n_bytes": n_bytes, "digest": digest}
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         try:
             os.replace(partial, folder)
@@ -215,12 +286,28 @@ def _encode(document: Document, tokenizer: Tokenizer, dtype: np.dtype) -> np.nda
 
 
 def _open(folder: Path) -> Tokens:
+    """The tokens in a cache, of which nothing is believed before it is checked."""
     try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        starts = np.load(folder / "starts.npy")
-        tokens = np.memmap(folder / "tokens.bin", meta["dtype"], "r") if starts[-1] else np.zeros(0, meta["dtype"])
-        if len(tokens) != starts[-1]:
-            raise ValueError(f"tokens.bin holds {len(tokens)} tokens, starts.npy says {starts[-1]}")
-        return Tokens(tokens, starts, meta["n_bytes"])
-    except (OSError, ValueError, KeyError) as error:
+        meta = read_mapping(folder / "meta.json")
+        n_bytes, dtype = meta.get("n_bytes"), meta.get("dtype")
+        if type(n_bytes) is not int or n_bytes < 0 or dtype not in DTYPES:
+            raise ValueError(f"meta.json holds n_bytes {n_bytes!r} and dtype {dtype!r}")
+        starts = np.lib.format.open_memmap(folder / "starts.npy", mode="r")
+        if starts.dtype != np.int64 or starts.ndim != 1 or not len(starts) or starts[0] or (np.diff(starts) < 0).any():
+            raise ValueError("starts.npy holds no growing offsets")
+        size = (folder / "tokens.bin").stat().st_size
+        if size != starts[-1] * np.dtype(dtype).itemsize:
+            raise ValueError(f"tokens.bin has {size} bytes, starts.npy says {starts[-1]} tokens")
+        tokens = np.memmap(folder / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
+        if (folder / "starts.npy").stat().st_size != starts.offset + starts.nbytes:
+            raise ValueError("starts.npy holds more than offsets")
+        digest = _digest(tokens, starts, n_bytes)
+        if meta.get("digest", digest) != digest:  # caches of version 0.1.0 hold none
+            raise ValueError(f"its checksums are {digest}, meta.json says {meta['digest']!r}")
+    except Exception as error:  # numpy raises all kinds of a malformed header
         raise UserError(f"the token cache {folder} is damaged ({error}); delete that folder") from error
+    return Tokens(tokens, np.array(starts), n_bytes, digest)
+
+
+def _digest(tokens: np.ndarray, starts: np.ndarray, n_bytes: int) -> str:
+    return "".join(f"{zlib.crc32(part):08x}" for part in (tokens, starts, f"{tokens.dtype.str} {n_bytes}".encode()))

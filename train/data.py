@@ -27,7 +27,8 @@ class TextData(LightningDataModule):
         files: paths and globs to train on; by default Python's own standard library source.
         val_files: what to validate on; by default a part of `files` (see val_fraction).
         test_files: what `test` reads.
-        val_fraction: part of the bytes that is validation: whole files if there are at least 20, else the end of each.
+        val_fraction: part of the bytes that is validation: whole files if there are at least 20 and small ones suffice
+            for it, else the end of each.
         tokenizer: 'bytes', or a Hugging Face tokenizer's file or folder.
         context: longest sequence; longer documents are cut.
         batch_tokens: tokens in a row, per process and step.
@@ -66,6 +67,7 @@ class TextData(LightningDataModule):
         self.tokenizer_spec, self.context, self.batch_tokens, self.truncate = tokenizer, context, batch_tokens, truncate
         self.seed, self.cache = seed, cache
         self.splits: dict[str, tuple[list[Document], Tokens]] = {}
+        self._gzip: dict[str, float] = {}
         self._tokenizer: Tokenizer | None = None
         self._restored: dict[str, Any] | None = None
 
@@ -90,9 +92,11 @@ class TextData(LightningDataModule):
             return
         for name, documents in (self._test() if stage == "test" else self._train_and_val()).items():
             tokens = tokenize(documents, self.tokenizer, self.cache)
-            if len(tokens.tokens) < 2:
+            if not tokens.n_targets:
                 raise UserError(f"the {name} text has {tokens.n_bytes} bytes, too little; give more files")
             self.splits[name] = documents, tokens
+            if name != "train":  # now, for the files may be gone or others when the run ends
+                self._gzip[name] = gzip_bits_per_byte(documents)
 
     def _train_and_val(self) -> dict[str, list[Document]]:
         files = read_files(standard_library() if self.files is None else expand(self.files, "data.files"))
@@ -112,7 +116,7 @@ class TextData(LightningDataModule):
 
     def gzip_bits_per_byte(self, name: str) -> float:
         """Of `gzip -9` on one split's text, the figure to read a model's beside."""
-        return gzip_bits_per_byte(self.splits[name][0])
+        return self._gzip[name]
 
     def describe(self) -> str:
         """One line on what is trained and validated on."""
@@ -149,16 +153,34 @@ class TextData(LightningDataModule):
         """Rows trained on so far, over all epochs: the number of the next one."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
 
+    def _order(self) -> dict[str, Any]:
+        """All that the order of the training tokens follows from, by the option that sets it."""
+        return {
+            "seed": self.seed,
+            "tokens": len(self.splits["train"][1].tokens),
+            "text": self.splits["train"][1].digest,
+            "context": self.context,
+            "batch_tokens": self.batch_tokens,
+            "truncate": self.truncate,
+            "processes": self.trainer.world_size if self.trainer else 1,
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position(), "seed": self.seed, "tokens": len(self.splits["train"][1].tokens)}
+        return {"position": self.position(), **self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        here = {"seed": self.seed, "tokens": len(self.splits["train"][1].tokens)}
-        for name, value in here.items():
-            if state[name] != value:
-                raise UserError(
-                    f"the data changed: the checkpoint was trained with {name} {state[name]}, here it is {value}"
-                )
+        """Go on at a checkpoint's position, which is one of the same rows alone: of any others it would skip or repeat
+        text."""
+        if self.trainer and self.trainer.state.fn != "fit":  # what is evaluated may be any text
+            return
+        for name, value in self._order().items():
+            known = state.get(name, value)  # checkpoints of version 0.1.0 hold the first two
+            if known == value:
+                continue
+            raise UserError(
+                f"the data changed: the checkpoint was trained with {name} {known}, here it is {value}; its place in "
+                "the text holds for the same files, tokenizer, seed, context, batch_tokens, truncate and processes"
+            )
         self._restored = state
 
 

@@ -3,15 +3,18 @@
 import csv
 import time
 from contextlib import suppress
+from math import nan
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINES_PER_RUN = 10  # without a terminal
+HIGHEST = 1e6  # bits per byte that a curve shows
 
 
 class RunProgress(Callback):
@@ -71,8 +74,8 @@ class RunProgress(Callback):
             for logger in trainer.loggers:
                 logger.save()
             draw_curve(self.run)
+            bpb = float(trainer.callback_metrics.get("val/bpb", nan))
             if self.bar and self.display is None:
-                bpb = float(trainer.callback_metrics["val/bpb"])
                 self.console.print(f"step {trainer.global_step}: validation {bpb:.3f} bits/byte", highlight=False)
         self._since += time.monotonic() - self._paused
 
@@ -105,13 +108,26 @@ def read_metrics(run: Path, last_step: int | None = None) -> list[dict[str, int 
 
 
 def draw_curve(run: Path, gzip: float | None = None) -> Path | None:
-    """curve.png: bits per byte of training and validation against the step, and of `gzip -9` where it is given."""
+    """curve.png: bits per byte of training and validation against the step, and of `gzip -9` where it is given.
+
+    A curve that cannot be drawn is a warning, for a run must not end with its picture.
+    """
+    try:
+        return _draw_curve(run, gzip)
+    except Exception as error:
+        rank_zero_warn(f"the curve of {run} was not drawn: {' '.join(str(error).split()) or type(error).__name__}")
+        return None
+
+
+def _draw_curve(run: Path, gzip: float | None) -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = read_metrics(run)
-    train = [(row["step"], row["train/bpb"]) for row in rows if "train/bpb" in row]
-    val = [(row["step"], row["val/bpb"]) for row in rows if "val/bpb" in row]
+    train, val = (
+        [(row["step"], row[name]) for row in rows if abs(row.get(name, nan)) < HIGHEST]
+        for name in ("train/bpb", "val/bpb")
+    )
     if not train:
         return None
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
@@ -142,6 +158,9 @@ def draw_curve(run: Path, gzip: float | None = None) -> Path | None:
     axes.grid(True, color="0.92", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     partial = run / ".curve.png.partial"
-    figure.savefig(partial, format="png")
-    partial.replace(run / "curve.png")
+    try:
+        figure.savefig(partial, format="png")
+        partial.replace(run / "curve.png")
+    finally:
+        partial.unlink(missing_ok=True)
     return run / "curve.png"

@@ -198,7 +198,7 @@ class LanguageModeling(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError("the learning rate's cosine needs an end: give --trainer.max_steps or --trainer.max_epochs")
-        if self.warmup_steps >= steps:
+        if 0 < steps <= self.warmup_steps:
             rank_zero_warn(
                 f"the run's {steps} steps end within model.warmup_steps {self.warmup_steps}: the learning rate only "
                 f"rises, to {self.lr_factor(steps - 1, steps):.3g} of model.lr"

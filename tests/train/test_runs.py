@@ -104,7 +104,7 @@ main(sys.argv[2:])
 
 
 def test_killed_and_resumed_is_unbroken(config, tmp_path):
-    """SIGKILL in the middle of a random step; the epochs are 19 steps long, so some of them lie in the second."""
+    """SIGKILL in the middle of a random step; the epochs are 16 steps long, so some of them lie in the second."""
     step = random.randint(5, 29)
     options = ["--trainer.max_steps", "30", "--checkpoint_every", "4", "--trainer.val_check_interval", "7"]
     arguments = ["fit", "--config", str(config), "--run", str(tmp_path / "killed"), *options]
@@ -159,11 +159,11 @@ def test_resuming_is_exact_with(config, tmp_path, at_step, options):
 
 
 def test_resuming_at_an_epochs_end_is_exact(config, tmp_path):
-    options = ["--trainer.max_epochs", "2", "--trainer.max_steps", "-1", "--checkpoint_every", "19"]
+    options = ["--trainer.max_epochs", "2", "--trainer.max_steps", "-1", "--checkpoint_every", "16"]
     run = tmp_path / "run"
     assert fit(config, run, *options) == 0
     first, last = sorted((run / "checkpoints").iterdir())
-    assert (first.name, last.name) == ("step-00000019.ckpt", "step-00000038.ckpt"), "an epoch is 19 steps long"
+    assert (first.name, last.name) == ("step-00000016.ckpt", "step-00000032.ckpt"), "an epoch is 16 steps long"
     unbroken = weights(run)
     last.unlink()
     assert main(["fit", "--run", str(run), "--resume"]) == 0
@@ -304,7 +304,7 @@ def test_asked_twice_stops_at_once(config, tmp_path, at_step, capsys):
 
 def test_without_a_limit_it_is_one_epoch(config, tmp_path):
     assert fit(config, tmp_path / "run", "--trainer.max_steps", "-1") == 0
-    assert newest(tmp_path / "run" / "checkpoints").name == "step-00000019.ckpt"
+    assert newest(tmp_path / "run" / "checkpoints").name == "step-00000016.ckpt"
 
 
 def test_a_hugging_face_tokenizer_goes_with_the_model(config, tmp_path, word_tokenizer, capsys):
