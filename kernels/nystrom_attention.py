@@ -107,9 +107,11 @@ def _batched(q, k, v, m, n_iterations, conv, cu_seqlens):
     q, k, v = map(rows.split, (q, k, v))
     out = sdpa(q, k, v, None) if rows.filled is None and q.shape[1] <= m else _landmarks(q, k, v, m, n_iterations, rows)
     if conv is not None:
-        half = conv.shape[1] // 2
-        taps = conv[:, None, :, None]  # one filter for all features of a head
-        out = out + F.conv2d(v.transpose(1, 2), taps, padding=(half, 0), groups=conv.shape[0]).transpose(1, 2)
+        # One filter for all features of a head, in one dimension: the gradient of torch 2.13's conv2d with a filter
+        # longer than its input writes past its memory in float32 on a CPU.
+        lines = v.permute(0, 3, 2, 1).flatten(0, 1)
+        mixed = F.conv1d(lines, conv[:, None], padding=conv.shape[1] // 2, groups=conv.shape[0])
+        out = out + mixed.unflatten(0, (v.shape[0], -1)).permute(0, 3, 2, 1)
     return rows.join(out)
 
 

@@ -118,7 +118,7 @@ class RWKV7(Layer):
             raise UserError(
                 f"RWKV7 in block {self.layer_idx} finds no first value; set first_layer to that of the first RWKV7"
             )
-        return v + (shared[FIRST_VALUE] - v) * self.mix_proj(x).sigmoid()
+        return v + (shared[FIRST_VALUE] - v) * self.mix_proj(x).sigmoid().to(v.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, self.head_dim))

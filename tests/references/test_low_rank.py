@@ -279,3 +279,12 @@ def test_nystrom_attention_has_no_state():
     assert not hasattr(layer, "init_state")
     with pytest.raises(UserError, match="cannot go on from a state"):
         layer(torch.randn(1, 4, D), ())
+
+
+@pytest.mark.parametrize(("width", "time"), [(33, 5), (33, 12), (65, 12), (3, 1)])
+def test_nystrom_trains_on_less_than_its_filter_spans(width, time):
+    """In float32, where the gradient of torch 2.13's conv2d writes past its memory."""
+    layer = NystromAttention(32, d_conv=width)
+    for _ in range(10):
+        layer(torch.randn(2, time, 32))[0].square().sum().backward()
+    assert layer.conv_weight.grad.isfinite().all()
