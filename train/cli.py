@@ -136,6 +136,7 @@ class TrainCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check everything that can be wrong, then make the folder."""
         self.datamodule.check_vocabulary(self.model.lm.config.vocab_size)
+        self.model.check_trainer(self.trainer)
         self.datamodule.setup("fit")
         if not self.trainer.is_global_zero:
             return
@@ -164,17 +165,20 @@ class TrainCLI(LightningCLI):
         self.trainer.fit(**kwargs, ckpt_path=path, weights_only=True)
 
     def after_fit(self) -> None:
-        """The last validation, the curve and the exported model; where everything is."""
+        """The exported model first, then the last validation and the curve; where everything is."""
         trainer, run = self.trainer, self.run_folder
         step, bpb = trainer.global_step, trainer.callback_metrics.get("val/bpb")
+        if trainer.is_global_zero:
+            checkpoint.save(self.model.lm, run / "model", tokenizer=self.datamodule.tokenizer, overwrite=True)
         if self.progress.validated_step != step:
-            bpb = trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0]["val/bpb"]
+            values = trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            bpb = values[0]["val/bpb"] if values else None  # None with trainer.limit_val_batches 0
         if not trainer.is_global_zero:
             return
         gzip = self.datamodule.gzip_bits_per_byte("val")
         draw_curve(run, gzip)
-        checkpoint.save(self.model.lm, run / "model", tokenizer=self.datamodule.tokenizer, overwrite=True)
-        print(f"validation after {step} steps: {float(bpb):.3f} bits per byte (gzip -9 of the same text: {gzip:.3f})")
+        found = "no validation" if bpb is None else f"validation after {step} steps: {float(bpb):.3f} bits per byte"
+        print(f"{found} (gzip -9 of the same text: {gzip:.3f})")
         print(f"trained for {self.progress.training_seconds:.0f} s; the run is in {run}, the model in {run}/model")
 
     def validate(self, **kwargs: Any) -> None:
@@ -190,8 +194,11 @@ class TrainCLI(LightningCLI):
             raise UserError(f"there is no checkpoint {where}; give --run or --ckpt_path")
         self.datamodule.check_vocabulary(self.model.lm.config.vocab_size)
         self.datamodule.setup(which)
-        (values,) = getattr(self.trainer, which)(**kwargs, ckpt_path=path, weights_only=True, verbose=False)
         name = "val" if which == "validate" else "test"
+        found = getattr(self.trainer, which)(**kwargs, ckpt_path=path, weights_only=True, verbose=False)
+        if not found:
+            raise UserError(f"trainer.limit_{name}_batches is 0, so nothing was read")
+        (values,) = found
         gzip = self.datamodule.gzip_bits_per_byte(name)
         print(f"{name}: {values['val/bpb']:.4f} bits per byte of {path} (gzip -9 of the same text: {gzip:.4f})")
 

@@ -43,7 +43,8 @@ class RunProgress(Callback):
         self._tokens += batch.tokens.numel() * trainer.world_size
         if trainer.fit_loop._should_accumulate():  # this row made no update yet
             return
-        step, due = trainer.global_step, trainer.global_step % trainer.log_every_n_steps == 0
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        due = every > 0 and step % every == 0
         if due:
             now = time.monotonic()
             self.rate = self._tokens / (now - self._since)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -194,10 +194,18 @@ class LanguageModeling(LightningModule):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+    def check_trainer(self, trainer: Trainer) -> None:
+        """One sentence where a run would fail or never end."""
+        if trainer.accumulate_grad_batches < 1:
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; it must be at least 1"
+            )
+        if trainer.max_epochs == -1 and trainer.max_steps == -1:
             raise UserError("the learning rate's cosine needs an end: give --trainer.max_steps or --trainer.max_epochs")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        self.check_trainer(self.trainer)
+        steps = self.trainer.estimated_stepping_batches
         if 0 < steps <= self.warmup_steps:
             rank_zero_warn(
                 f"the run's {steps} steps end within model.warmup_steps {self.warmup_steps}: the learning rate only "

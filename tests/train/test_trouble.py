@@ -222,3 +222,28 @@ def test_whatever_the_order_of_the_text_follows_from_is_compared(data, tmp_path,
         other.trainer = SimpleNamespace(world_size=world_size, state=SimpleNamespace(fn="fit"))
     with pytest.raises(UserError, match=f"the data changed: the checkpoint was trained with {name} "):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches is 0; it must be at least 1"),
+        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "the learning rate's cosine needs an end"),
+    ],
+)
+def test_a_run_that_would_fail_or_never_end_leaves_nothing(config, tmp_path, capsys, options, told):
+    assert fit(config, tmp_path / "run", *options) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_run_without_validation_and_logs(config, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert fit(config, run, "--trainer.limit_val_batches", "0", "--trainer.log_every_n_steps", "0") == 0
+    assert weights(run) and "no validation (gzip -9" in capsys.readouterr().out
+    assert subquad(["train", "validate", "--run", str(run)]) == 2
+    assert "trainer.limit_val_batches is 0, so nothing was read" in capsys.readouterr().err
+
+
+def test_a_run_of_no_steps(config, tmp_path):
+    assert fit(config, tmp_path / "run", "--trainer.max_steps", "0") == 0
+    assert weights(tmp_path / "run")
