@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 import subquad
 from subquad.errors import UserError
+from subquad.layers.base import convert
 from subquad.models.config import LMConfig, refuse_code
 from subquad.models.lm import LM
 from subquad.reading import read_mapping
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
@@ -71,8 +74,9 @@ def load(
     dtype: torch.dtype | None = None,
     trust_code: bool = False,
 ) -> LM:
-    """The model in `folder`, ready to run (in eval mode). `dtype` converts its floating-point weights.
+    """The model in `folder`, ready to run (in eval mode), with its weights in `dtype`, by default the file's.
 
+    What its layers declare to stay float32 (decay rates, step biases) is that in every narrower dtype.
     trust_code: import the classes that its config.json names by dotted paths; else that is an error.
     """
     folder = Path(folder)
@@ -91,8 +95,9 @@ def load(
     config = LMConfig.from_dict(values["lm"])
     with torch.random.fork_rng(devices=[]), torch.device(device), _NoInit():
         model = LM(config)
+        convert(model, dtype or _dtype_of(folder / WEIGHTS) or torch.get_default_dtype())  # before it is filled
     _fill(model, folder / WEIGHTS)
-    return (model if dtype is None else model.to(dtype)).eval()
+    return model.eval()
 
 
 class _NoInit(TorchFunctionMode):
@@ -133,6 +138,18 @@ def _holds_model(folder: Path) -> bool:
         return read_mapping(folder / CONFIG).get("format") == "subquad"
     except UserError:
         return False
+
+
+def _dtype_of(path: Path) -> torch.dtype | None:
+    """The dtype of most of the file's weights: that of its largest tensor of floating-point numbers, if it has one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            slices = [file.get_slice(name) for name in names]
+            floats = [(prod(s.get_shape()), FLOATS[s.get_dtype()]) for s in slices if s.get_dtype() in FLOATS]
+    except (SafetensorError, OSError):
+        return None  # filling the model says what is wrong
+    return max(floats, key=lambda pair: pair[0])[1] if floats else None
 
 
 def _fill(model: nn.Module, path: Path) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import subquad
 from subquad.errors import UserError
+from subquad.layers.base import convert, parameters_with
 from subquad.models import checkpoint
 from subquad.models.checkpoint import fingerprint, load, save
 from subquad.models.lm import LM
@@ -58,7 +59,25 @@ def test_non_contiguous_weights_come_back(tmp_path):
 
 def test_load_converts(tmp_path):
     loaded = load(save(model(), tmp_path / "model"), dtype=torch.bfloat16)
-    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    wide = parameters_with(loaded, "float32")
+    assert wide and {n for n, p in loaded.named_parameters() if p.dtype == torch.float32} == wide
+    assert {p.dtype for n, p in loaded.named_parameters() if n not in wide} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_comes_back_in_its_dtype_with_its_rates(tmp_path, dtype):
+    saved = convert(model(), dtype).eval()
+    loaded = load(save(saved, tmp_path / "model"))
+    before, after = saved.state_dict(), loaded.state_dict()
+    assert all(after[n].dtype == t.dtype and torch.equal(after[n], t) for n, t in before.items())
+    assert fingerprint(loaded) == fingerprint(saved)
+
+
+def test_rates_rounded_by_others_are_read_into_float32(tmp_path):
+    saved = model().bfloat16()
+    loaded = load(save(saved, tmp_path / "model"))
+    for name in parameters_with(saved, "float32"):
+        assert torch.equal(loaded.get_parameter(name), saved.get_parameter(name).float())
 
 
 def test_fingerprints_tell_weights_and_configurations_apart():
