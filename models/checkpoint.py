@@ -1,6 +1,7 @@
 """A model on disk: a folder with config.json, model.safetensors and, beside them, its tokenizer."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import subquad
 from subquad.errors import UserError
@@ -116,20 +118,43 @@ class _NoInit(TorchFunctionMode):
 def fingerprint(model: LM) -> str:
     """A digest of the configuration and of every weight: what ties a saved state to its model."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(_tensors(model).items()):
+    for name, value in sorted(_entries(model).items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(value))
     return digest.hexdigest()[:32]
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without second names of tied tensors, which safetensors refuses."""
+    """Every weight by name, one name for tied ones."""
+    entries = _entries(model)
+    for name, value in entries.items():
+        if not _is_plain(value):
+            kind = type(value).__name__
+            raise UserError(f"{name} is a quantiser's {kind}, no plain tensor; save the model before it is quantised")
+    return entries
+
+
+def _entries(model: nn.Module) -> dict[str, Any]:
+    """The state dict without second names of tied tensors, which safetensors refuses. What a quantiser keeps there may
+    be no plain tensor, or none at all."""
     kept, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        if (tensor.data_ptr(), tensor.shape) not in seen or tensor.numel() == 0:
-            seen.add((tensor.data_ptr(), tensor.shape))
-            kept[name] = tensor
+    for name, value in model.state_dict().items():
+        place = (value.data_ptr(), value.shape) if _is_plain(value) and value.numel() else name
+        if place not in seen:
+            seen.add(place)
+            kept[name] = value
     return kept
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_quantized and not is_traceable_wrapper_subclass(value)
+
+
+def _bytes(value: Any) -> bytes:
+    if _is_plain(value):
+        return value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
 def _holds_model(folder: Path) -> bool:

@@ -11,8 +11,13 @@ from torch.nn.utils import parametrizations
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from subquad import configs
+from subquad.errors import UserError
+from subquad.infer.generate import generate
+from subquad.infer.state import load_state, save_state
+from subquad.kernels.state import leaves
 from subquad.layers import available
 from subquad.layers.base import convert, parameters_with
+from subquad.models.checkpoint import save
 from subquad.models.lm import LM
 from subquad.train.task import parameter_groups
 
@@ -121,6 +126,34 @@ def test_int8_weights_of_torchao(name, dtype):
     assert y.dtype == dtype and 0 < difference(y, plain(x)[0]) < (0.3 if plain.discrete or name == "Hyena" else 0.1)
     if hasattr(layer, "init_state"):
         assert difference(in_two_pieces(layer, x), y) < bound(plain, dtype)
+
+
+def dynamic(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+def weight_only(model):
+    quantize_(model, Int8WeightOnlyConfig(version=2))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantize", [dynamic, weight_only])
+def test_a_quantised_model_generates_and_keeps_its_states(tmp_path, quantize):
+    config = configs.folder() / "mla.yaml"
+    model, other = (quantize(LM.from_config(config).eval()) for _ in range(2))
+    whole = generate(model, "the ", max_new_tokens=6)
+    assert isinstance(whole, str)
+    with torch.no_grad():
+        state = model(torch.randint(256, (1, 5)), model.init_state(1, 9))[1]
+    save_state(tmp_path / "state", model, state)
+    read, _ = load_state(tmp_path / "state", model)
+    for (path, kind, a), (_, _, b) in zip(leaves(read), leaves(state), strict=True):
+        assert torch.equal(a, b[:, : a.shape[1]] if kind == "append" else b), path
+    with pytest.raises(UserError, match="another model"):
+        load_state(tmp_path / "state", other)
+    with pytest.raises(UserError, match="before it is quantised"):
+        save(model, tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", available())
