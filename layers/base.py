@@ -237,8 +237,13 @@ class WideLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+MOST_TAPS = 256
+
+
 def conv_weight(width: int, taps: int, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Weights [D, W] and bias [D] of a short convolution, uniform in +-1/sqrt(W) like torch's depthwise Conv1d."""
+    if taps > MOST_TAPS:
+        raise UserError(f"a short convolution of {taps:,} taps; it has at most {MOST_TAPS:,}, of which each is a pass")
     bound = taps**-0.5
     weight = nn.Parameter(torch.empty(width, taps).uniform_(-bound, bound))
     return weight, nn.Parameter(torch.empty(width).uniform_(-bound, bound)) if bias else None

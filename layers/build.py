@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib import import_module
-from math import isfinite, isinf
+from math import isinf
 from typing import Any, get_args, get_type_hints
 
 from beartype import BeartypeConf
@@ -18,11 +18,14 @@ from subquad.memory import room_for
 Spec = Mapping[str, Any]
 _NUMBERS = BeartypeConf(is_pep484_tower=True)  # an int may stand where a float is asked for
 _GIVEN_BY_MODEL = ("d_model", "layer_idx", "n_layers")
+FLOAT32 = 3.4e38
 MOST = 2**31 - 1  # of every count and width: kernels index with 32 bits
 
 
 def build_layer(where: str, spec: str | Spec, *, d_model: int, layer_idx: int, n_layers: int) -> nn.Module:
     """The layer that `spec` names, a name or a mapping {name: ..., **arguments}; errors name `where` it stands."""
+    if not isinstance(spec, str | Mapping):
+        raise UserError(f"{where} is {shown(spec)}; give a layer's name or a mapping {{name: ..., ...}}")
     arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = arguments.pop("name", None)
     if not isinstance(name, str):
@@ -92,13 +95,13 @@ def check_type(where: str, value: Any, hint: Any) -> None:
         )
         raise UserError(f"{where} is {shown(value)} ({type(value).__name__}); it must be {wanted}")
     if not _finite(value):
-        raise UserError(f"{where} is {value}; its numbers must be finite")
+        raise UserError(f"{where} is {shown(value)}; its numbers must be finite, also in 32 bits")
 
 
 def _finite(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_finite, value))
-    return not isinstance(value, float) or isfinite(value)
+    return not isinstance(value, int | float) or abs(value) <= FLOAT32
 
 
 def without_infinities(value: Any, within: bool = False) -> Any:

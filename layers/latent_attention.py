@@ -9,7 +9,7 @@ from subquad.kernels.latent_attention import LatentCache, latent_attention
 from subquad.kernels.packing import mask_padding
 from subquad.layers.base import Card, Facts, Layer, check_divides, default_head_dim, matrix_of, placement
 from subquad.layers.norms import RMSNorm
-from subquad.layers.rotary import pairs_to_halves, rotary_angles, rotate
+from subquad.layers.rotary import check_theta, pairs_to_halves, rotary_angles, rotate
 
 
 class LatentAttention(Layer):
@@ -61,6 +61,7 @@ class LatentAttention(Layer):
         if rope_theta is not None and P % 2:
             raise UserError(f"LatentAttention: qk_rope_head_dim is {P}; rotary embedding turns pairs, so it is even")
         self.n_heads, self.rank, self.nope_dim, self.rope_dim, self.v_dim = n_heads, R, K, P, V
+        check_theta(self, rope_theta)
         self.rope_theta, self.rope_interleave = rope_theta, rope_interleave
         self.q_a_proj = self.q_a_norm = None
         if q_lora_rank is not None:

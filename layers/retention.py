@@ -20,7 +20,7 @@ from subquad.layers.base import (
     width_of,
 )
 from subquad.layers.norms import GroupNorm
-from subquad.layers.rotary import rotary_angles, rotate
+from subquad.layers.rotary import check_theta, rotary_angles, rotate
 
 
 class RetentionState(NamedTuple):
@@ -63,6 +63,7 @@ class Retention(Layer):
         self.n_heads, self.K, self.V = n_heads, d_model // n_heads, inner // n_heads
         if self.K % 2:
             raise UserError(f"Retention: rotary embedding turns pairs, but heads of width {self.K} are odd")
+        check_theta(self, rope_theta)
         self.rope_theta = rope_theta
         self.q_proj = nn.Linear(d_model, d_model, bias=False)
         self.k_proj = nn.Linear(d_model, d_model, bias=False)

@@ -7,8 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from subquad.errors import UserError
 from subquad.kernels.packing import host_counts, positions
 from subquad.kernels.state import accumulator_dtype
+
+
+def check_theta(owner: object, theta: float | None) -> None:
+    if theta is not None and theta <= 0:
+        raise UserError(f"{type(owner).__name__}: rope_theta is {theta}; it must be above 0, or None for no rotation")
 
 
 def rotary_angles(
@@ -33,7 +39,7 @@ def rotary_angles(
 
 def _angles(at: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Angles are formed in float64: at position 1,000,000 a float32 angle is off by 0.06."""
-    rates = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64, device=at.device) * (-log(theta) / dim))
+    rates = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64, device=at.device) * (-log(theta) / max(dim, 1)))
     angles = at[..., None, None] * rates
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from subquad.errors import UserError
 from subquad.kernels.packing import mask_padding
 from subquad.layers.base import Facts, Layer, check_divides, default_head_dim, placement, width_of
-from subquad.layers.rotary import rotary_angles, rotate
+from subquad.layers.rotary import check_theta, rotary_angles, rotate
 
 
 class SoftmaxLayer(Layer):
@@ -37,6 +37,7 @@ class SoftmaxLayer(Layer):
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         check_divides(self, "n_kv_heads", n_kv_heads, "n_heads", n_heads)
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim or d_model // n_heads
+        check_theta(self, rope_theta)
         self.rope_theta = rope_theta
         self.rotary_dim = width_of(self, "rope_fraction", rope_fraction, self.head_dim, least=0)
         if rope_theta is not None and self.rotary_dim % 2:

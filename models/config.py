@@ -62,6 +62,8 @@ class LMConfig:
         """From a mapping of these fields, or a training configuration that holds one under model.lm."""
         if isinstance(values.get("model"), Mapping):
             values = values["model"].get("lm", {})
+            if not isinstance(values, Mapping):
+                raise UserError(f"model.lm is {shown(values)}; it must be a mapping of d_model, blocks and others")
         known = [f.name for f in fields(cls)]
         check_keys("", values, known)
         if "d_model" not in values:

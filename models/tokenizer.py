@@ -1,5 +1,6 @@
 """Text to tokens and back: bytes by default, or a Hugging Face tokenizer from a folder or file."""
 
+import sys
 from codecs import getincrementaldecoder
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,7 @@ class HFTokenizer:
                 )
         except Exception as error:  # the libraries raise bare Exceptions for malformed files
             raise UserError(f"{path} holds no tokenizer that loads: {' '.join(str(error).split())}") from error
+        self.tokenizer.model_max_length = sys.maxsize  # what its file says may be no number, and is no limit of ours
         self.vocab_size = len(self.tokenizer)
         self.eos_id = self.tokenizer.eos_token_id
 

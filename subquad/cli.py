@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import subquad
 from subquad.arguments import dispatch
-from subquad.errors import UserError
+from subquad.errors import UserError, one_line, shown_text
 
 COMMANDS = {
     "train": ("subquad.train.cli", "train a model from a YAML configuration (train fit --config demo.yaml)"),
@@ -48,9 +48,21 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        from subquad.memory import ran_out
+
+        if not ran_out(error):
+            raise
+        print(f"error: there is not enough memory for this: {one_line(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # The reader (such as `head`) has gone; without this Python complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {shown_text(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2

@@ -9,8 +9,11 @@ from typing import Any
 class UserError(ValueError):
     """Bad input, told in one sentence: what was given and what is allowed.
 
-    The commands print it without a traceback and exit with code 2.
+    The commands print it without a traceback and exit with code 2. Whatever stands in it, it is one line and not long.
     """
+
+    def __init__(self, message: str):
+        super().__init__(shown_text(message, 1000))
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -30,6 +30,13 @@ _SIZED = {
 }
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def free_bytes(device: torch.device) -> float:
     """Bytes that can still be allocated on `device`; infinite where nothing is, as on meta, or nobody tells."""
     if device.type == "cuda":

@@ -66,9 +66,11 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         _check_text(text, where)
         events = yaml.parse(text.removeprefix("\ufeff"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        return _Builder(events).document()
+        value = _Builder(events).document()
     except (yaml.YAMLError, _Refused) as error:
         raise UserError(f"{where} is no valid YAML: {shown_text(one_line(error))}") from error
+    _check_words(value, where)
+    return value
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -76,7 +78,7 @@ def parse_json(text: str, where: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_whole, parse_float=_fraction)
         _check_depth(value)
-        _check_text(json.dumps(value, ensure_ascii=False), where)  # escapes can write what UTF-8 cannot
+        _check_words(value, where)
     except RecursionError as error:
         raise UserError(f"{where} is no valid JSON: it is nested deeper than {DEEPEST} levels") from error
     except (json.JSONDecodeError, _Refused) as error:
@@ -230,11 +232,22 @@ def _check_depth(value: Any) -> None:
         level = [item for v in inner for item in (v.values() if isinstance(v, dict) else v)]
 
 
+def _check_words(value: Any, where: str) -> None:
+    """Escapes can write what UTF-8 and file names cannot hold."""
+    if isinstance(value, str):
+        _check_text(value, where)
+    elif isinstance(value, dict | list):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_words(item, where)
+
+
 def _check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{where} holds characters that are not UTF-8, at {error.start}") from error
+    if "\0" in text:
+        raise UserError(f"{where} holds the character NUL, which no name or path can have")
 
 
 def _at(event: yaml.Event, message: str) -> _Refused:

@@ -56,7 +56,8 @@ REFUSED_YAML = {
     "a list as a key": ("? [a]\n: 1", "a key must be a word"),
     "a tag": ("a: !!python/name:os.system x", "line 1: the tag"),
     "two documents": ("a: 1\n---\na: 2", "a second document"),
-    "a control character": ("a: \x00", "control characters"),
+    "a control character": ("a: \x01", "control characters"),
+    "NUL": ('a: "\\0"', "the character NUL"),
     "a lone surrogate": ("a: \udcff", "not UTF-8"),
 }
 REFUSED_JSON = {
@@ -67,6 +68,7 @@ REFUSED_JSON = {
     "a fraction that overflows": ("[1e999]", "1e999 is beyond"),
     "a key twice": ('{"a": {"b": 1, "b": 2}}', "the key 'b' stands twice"),
     "a lone surrogate": ('"\\udcff"', "not UTF-8"),
+    "NUL": ('"\\u0000"', "the character NUL"),
     "half a text": ('{"a"', "is no valid JSON"),
 }
 
@@ -145,7 +147,7 @@ def test_a_byte_order_mark_is_no_character(tmp_path, suffix):
 
 WORDS = st.sampled_from(
     [*VALUES, "<<", "!x", "*a", "&a", "null", "089", "0b1", "1e5", "a: b", "", " ", "\n"]
-) | st.text(st.characters(codec="utf-8"), max_size=8)
+) | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | WORDS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),

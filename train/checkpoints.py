@@ -46,6 +46,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         finally:
             partial.unlink(missing_ok=True)
 
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        try:
+            return super().load_checkpoint(path, map_location, weights_only)
+        except Exception as error:  # torch says to a damaged file whatever its parts say
+            raise UserError(f"the checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the most steps."""

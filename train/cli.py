@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from subquad.errors import UserError, nearest
+from subquad.errors import UserError, nearest, shown
 from subquad.models import checkpoint
 from subquad.reading import dump_yaml, parse_yaml, read_mapping
 from subquad.train.checkpoints import AtomicCheckpointIO, RunCheckpoints, Stopped, newest
@@ -94,6 +94,10 @@ class TrainCLI(LightningCLI):
             known = [key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys()]  # noqa: SIM118
             raise UserError(one_sentence(str(error), sorted(set(known)))) from error
 
+        seed = self.config[self.config["subcommand"]].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything is {shown(seed)}; it must be from 0 to {2**32 - 1}")
+
     def before_instantiate_classes(self) -> None:
         options = self.config[self.subcommand]
         self.run_folder = Path(options.run)
@@ -115,8 +119,8 @@ class TrainCLI(LightningCLI):
                 own["logger"] = self._loggers()
             every = self._get(self.config, "checkpoint_every")
             callbacks.append(RunCheckpoints(self.run_folder / "checkpoints", every))
-            plugins = given["plugins"] or []
-            own["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        plugins = given["plugins"] or []
+        own["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         try:
             return self._instantiate_trainer({**given, **own, **kwargs}, callbacks)
         except (ValueError, TypeError, MisconfigurationException) as error:

@@ -1,11 +1,12 @@
 """The LightningDataModule: text files in, packed rows out, in an order that can be resumed exactly."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 from lightning import LightningDataModule
 
 from subquad.errors import UserError
+from subquad.layers.build import check_range, check_type
 from subquad.models.tokenizer import Tokenizer, load_tokenizer
 from subquad.train.corpus import (
     Document,
@@ -52,9 +53,13 @@ class TextData(LightningDataModule):
         cache: str | None = None,
     ):
         super().__init__()
-        for name, value in (("context", context), ("batch_tokens", batch_tokens), ("truncate", truncate)):
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} is {value}; it must be at least 1")
+        hints = get_type_hints(TextData.__init__)
+        counts = {"context": context, "batch_tokens": batch_tokens, "truncate": truncate}
+        for name, value in (counts | {"val_fraction": val_fraction, "seed": seed}).items():
+            check_type(f"data.{name}", value, hints[name])
+        for name, value in counts.items():
+            if value is not None:
+                check_range(f"data.{name}", value, 1)
         if truncate is not None and (batch_tokens % truncate or truncate > context):
             raise UserError(
                 f"data.truncate is {truncate}; it must divide batch_tokens {batch_tokens}, within context {context}"

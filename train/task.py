@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import reduce
 from math import cos, isfinite, log, nan, pi
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unfl
 from subquad.errors import UserError
 from subquad.kernels.state import accumulator_dtype
 from subquad.layers.base import parameters_with
+from subquad.layers.build import check_type
 from subquad.layers.routers import count_loads, update_balance_biases
 from subquad.models.config import LMConfig
 from subquad.models.lm import LM, LMState
@@ -56,6 +57,10 @@ class LanguageModeling(LightningModule):
         super().__init__()
         if isinstance(lm, Mapping):  # as a checkpoint's hyperparameters hold it
             lm = LMConfig.from_dict(lm)
+        hints = get_type_hints(LanguageModeling.__init__)
+        given = {"lr": lr, "warmup_steps": warmup_steps, "min_lr_ratio": min_lr_ratio, "weight_decay": weight_decay}
+        for name, value in (given | {"betas": tuple(betas or ())}).items():
+            check_type(f"model.{name}", value, hints[name])
         for name, value, fine in (
             ("lr", lr, lr > 0),
             ("warmup_steps", warmup_steps, warmup_steps >= 0),
@@ -231,6 +236,12 @@ class LanguageModeling(LightningModule):
         for group, decay in zip(optimizer.param_groups, (self.weight_decay, 0.0), strict=True):
             lr = self.lr * schedule.lr_lambdas[0](schedule.last_epoch)
             group.update(lr=lr, initial_lr=self.lr, weight_decay=decay, betas=self.betas)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(f"the checkpoint does not fit the configuration: {error}") from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not _norm([p.detach() for p in self.lm.parameters()]).isfinite():
