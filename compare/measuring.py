@@ -27,6 +27,7 @@ from subquad.errors import UserError, one_line
 from subquad.infer.state import mark, nbytes, rewind
 from subquad.kernels.backend import Call, recorded_calls
 from subquad.kernels.state import leaves
+from subquad.layers.base import dtype_of
 
 PIECE = 4096  # tokens read at a time on the way to a context whose reading is not measured
 WARM_UP = 3  # decoded tokens that do not count
@@ -176,7 +177,7 @@ class _Bench:
     def counted(self, kind: Kind, phase: Phase, tokens: int) -> Point:
         """The point with its FLOPs and bytes, where they can be counted."""
         point = Point(self.subject.name, kind, phase, tokens)
-        count_it, dtype = count_op if kind == "op" else count, next(self.module.parameters()).dtype
+        count_it, dtype = count_op if kind == "op" else count, dtype_of(self.module)
         try:
             flops, moved = count_it(self.module, phase, self.setting.batch, tokens, self.subject.d_model, dtype)
         except (UserError, RuntimeError):  # RuntimeError: someone's layer that looks at values

@@ -22,6 +22,7 @@ from torch import nn
 from subquad.compare.recall_tasks import Task, make_task
 from subquad.errors import UserError, one_line
 from subquad.infer.state import nbytes
+from subquad.layers.base import device_of
 from subquad.models.config import LMConfig
 from subquad.models.lm import LM
 from subquad.train.cli import quiet
@@ -123,7 +124,7 @@ def accuracy(model: nn.Module, task: Task, length: int) -> float | None:
     tokens, targets = task.examples(FRESH + length, EXAMPLES, length)
     if length > task.length:
         targets[:, : task.length] = IGNORED
-    device = next(model.parameters()).device
+    device = device_of(model)
     right = 0
     for part, wanted in zip(*(t.split(max(1, AT_ONCE // length)) for t in (tokens, targets)), strict=True):
         try:
