@@ -22,7 +22,7 @@ from subquad.kernels.packing import cu_seqlens_of, sequence_ids
 from subquad.layers.base import device_of
 from subquad.models.checkpoint import load
 from subquad.models.lm import LM, LMState
-from subquad.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from subquad.models.tokenizer import CONTEXT, ByteTokenizer, Tokenizer, load_tokenizer
 
 Prompt = str | bytes | Tensor | np.ndarray | Sequence[int]
 PREFILL_CHUNK = 4096
@@ -44,12 +44,14 @@ class Context:
     seen: Tensor  # bool [N, V], the tokens read
     generators: list[torch.Generator]
     finished: list[bool]
+    before: list[Tensor] = field(default_factory=list)  # the last tokens read, which the text that follows depends on
     broken: set[int] = field(init=False, default_factory=set)  # sequences that ended for want of a score
     live: list[int] = field(init=False)
     parked: dict[int, LMState] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.live = list(range(len(self.unread)))
+        self.before = self.before or [u[:0] for u in self.unread]
 
     @classmethod
     def start(cls, model: LM, prompts: list[Tensor], seeds: list[int], max_new_tokens: int) -> "Context":
@@ -123,6 +125,7 @@ class Context:
             self.seen.repeat_interleave(n, 0),
             [generator(s) for s in seeds],
             [self.finished[i] for i in each],
+            [self.before[i] for i in each],
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -134,6 +137,8 @@ class Context:
             "seen": self.seen,
             "generators": torch.stack([g.get_state() for g in self.generators]),
             "finished": torch.tensor(self.finished),
+            "before": torch.cat(self.before),
+            "before_lengths": torch.tensor([len(b) for b in self.before]),
         }
         save_state(path, self.model, self.whole(), extra=extra, overwrite=overwrite)
 
@@ -153,7 +158,11 @@ class Context:
             g.set_state(values.clone())  # torch 2.13 reads a row of a matrix from the wrong address and crashes
         unread = list(extra["unread"].split(extra["unread_lengths"].tolist()))
         seen = extra["seen"].to(device_of(model))
-        context = cls(model, state, unread, extra["lengths"].tolist(), seen, generators, extra["finished"].tolist())
+        lengths, finished = extra["lengths"].tolist(), extra["finished"].tolist()
+        before = []
+        if "before" in extra and "before_lengths" in extra:  # files of version 0.1.0 hold none
+            before = list(extra["before"].split(extra["before_lengths"].tolist()))
+        context = cls(model, state, unread, lengths, seen, generators, finished, before)
         if more is not None:
             context.extend(more)
         return context
@@ -167,6 +176,7 @@ class Context:
         return tokens.to(self.seen.device, torch.long)
 
     def _advance(self, i: int, count: int) -> None:
+        self.before[i] = torch.cat([self.before[i], self.unread[i][:count].cpu()])[-CONTEXT:]
         self.unread[i] = self.unread[i][count:]
         self.lengths[i] += count
 
@@ -216,7 +226,8 @@ class Generation:
         n = len(context.unread)
         self.tokens: list[list[int]] = [[] for _ in range(n)]
         self._pieces: list[list[str]] = [[] for _ in range(n)]
-        self._streams = [TextStream(tokenizer, stop, before=u[-1:].tolist()) for u in context.unread]
+        read = [torch.cat([b, u.cpu()])[-CONTEXT:] for b, u in zip(context.before, context.unread, strict=True)]
+        self._streams = [TextStream(tokenizer, stop, before=tokens.tolist()) for tokens in read]
 
     @property
     def texts(self) -> list[str]:

@@ -235,7 +235,8 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, cache: str | P
 
 
 def _key(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {tokenizer.kind} {tokenizer.vocab_size} {tokenizer.eos_id}".encode())
+    reads = "" if tokenizer.kind == "bytes" else f" special_tokens={tokenizer.special_tokens}"
+    digest = hashlib.sha256(f"{FORMAT} {tokenizer.kind} {tokenizer.vocab_size} {tokenizer.eos_id}{reads}".encode())
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save(Path(saved))
         for path in sorted(Path(saved).rglob("*")):
