@@ -79,7 +79,7 @@ class Sampling:
             for warper in self.warpers:
                 scores = warper(seen, scores)
             ids = _draw(scores, generators)
-        return ids.masked_fill(best == -torch.inf, NO_TOKEN)
+        return ids.masked_fill(best == -torch.inf, NO_TOKEN)  # drawn of a softmax of NaN they would be token V
 
 
 def _processor(name: str, value: Any) -> Any:
@@ -95,8 +95,7 @@ def _draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     drawn = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
     cumulative = scores.softmax(-1).cumsum(-1)
     at = (1 - drawn).to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
-    # Scores of -infinity alone have a softmax of NaN, which is past every token.
-    return torch.searchsorted(cumulative, at).squeeze(-1).clamp(max=scores.shape[-1] - 1)
+    return torch.searchsorted(cumulative, at).squeeze(-1)
 
 
 def seeds_from(seed: int | None, n: int) -> list[int]:

@@ -292,3 +292,24 @@ def test_a_cache_without_checksums_is_read(cached):
     del meta["digest"]
     (folder / "meta.json").write_text(json.dumps(meta))
     assert len(read().digest) == 24
+
+
+@pytest.mark.parametrize("count", [20, 50, 199])
+def test_small_files_that_cannot_fill_the_part_are_not_all_of_it(tmp_path, count):
+    """Of similar files none is small; of small ones beside large ones all would be validation, and it would be tiny."""
+    for i in range(count):
+        (tmp_path / f"{i}.txt").write_text(f"file {i} of many words\n" * 20, encoding="utf-8")
+    for large in (0, 3):
+        for i in range(large):
+            (tmp_path / f"large-{i}.txt").write_text(f"large {i} file of words\n" * 20_000, encoding="utf-8")
+        files = read_files(expand(str(tmp_path / "*.txt"), "files"))
+        for fraction in (0.02, 0.05, 0.1):
+            part = sum(d.stop - d.start for d in split(files, fraction)[1]) / sum(f.size for f in files)
+            assert 0.9 * fraction <= part <= 1.1 * fraction
+
+
+def test_files_of_one_character_each_are_kept_whole(tmp_path):
+    for i in range(100):
+        (tmp_path / f"{i}.txt").write_text(chr(0x4E00 + i), encoding="utf-8")
+    train, val = split(read_files(sorted(tmp_path.iterdir())), 0.05)
+    assert (len(train), len(val)) == (95, 5)
