@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, metavar="DIR", help="folder of a model saved by subquad")
     p.add_argument("--prompt", metavar="TEXT", help="text to continue")
     p.add_argument("--prompt-file", metavar="F", help="file with the text; with neither, stdin is read")
+    p.add_argument("--special-tokens", action="store_true", help="let a prompt that spells a special token become it")
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the most tokens to generate (256)")
 
     sampling = p.add_argument_group("sampling")

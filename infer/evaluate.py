@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
             check_output(path, overwrite=options.overwrite)
     texts = [read(path) for path in files(options.data)]
     model = load(options.model, device=device, dtype=dtype, trust_code=options.trust_code)
-    tokenizer = load_tokenizer(options.model, trust_code=options.trust_code)
+    tokenizer = load_tokenizer(options.model, trust_code=options.trust_code, special_tokens=options.special_tokens)
     losses = measure(model, tokenizer, texts, context=options.context, chunk=options.chunk)
     show(losses)
     if options.json is not None:
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="eval", description="Bits per byte of a model on files, also by position in the context.")
     p.add_argument("--model", required=True, metavar="DIR", help="folder of a model saved by subquad")
     p.add_argument("--data", required=True, nargs="+", metavar="F", help="files, or patterns such as 'texts/**/*.txt'")
+    p.add_argument("--special-tokens", action="store_true", help="let a text that spells a special token become it")
     p.add_argument("--context", type=int, default=4096, metavar="N", help="tokens to look back on at most (4096)")
     p.add_argument("--chunk", type=int, default=4096, metavar="N", help="tokens a call, which bounds the memory (4096)")
     p.add_argument("--json", metavar="F", help="write the figures as JSON")

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
             check_output(path, overwrite=options.overwrite)
     prompt = read_prompt(options)
     model = load(options.model, device=device, dtype=dtype, trust_code=options.trust_code)
-    tokenizer = load_tokenizer(options.model, trust_code=options.trust_code)
+    tokenizer = load_tokenizer(options.model, trust_code=options.trust_code, special_tokens=options.special_tokens)
     memory = PeakMemory(device)
     tokens = None if prompt is None else encode(tokenizer, prompt, model.config.vocab_size)
     del prompt

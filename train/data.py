@@ -1,9 +1,11 @@
 """The LightningDataModule: text files in, packed rows out, in an order that can be resumed exactly."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 
 from subquad.errors import UserError
 from subquad.layers.build import check_range, check_type
@@ -31,6 +33,8 @@ class TextData(LightningDataModule):
         val_fraction: part of the bytes that is validation: whole files if there are at least 20 and small ones suffice
             for it, else the end of each.
         tokenizer: 'bytes', or a Hugging Face tokenizer's file or folder.
+        eos: the token that ends a document, where the tokenizer's files name another or none.
+        special_tokens: let a text that spells a special token become it; else it is plain text.
         context: longest sequence; longer documents are cut.
         batch_tokens: tokens in a row, per process and step.
         truncate: truncated backpropagation: read this many tokens of a sequence a step and carry the state to the next
@@ -51,6 +55,8 @@ class TextData(LightningDataModule):
         truncate: int | None = None,
         seed: int = 0,
         cache: str | None = None,
+        eos: str | None = None,
+        special_tokens: bool = False,
     ):
         super().__init__()
         hints = get_type_hints(TextData.__init__)
@@ -73,13 +79,20 @@ class TextData(LightningDataModule):
         self.seed, self.cache = seed, cache
         self.splits: dict[str, tuple[list[Document], Tokens]] = {}
         self._gzip: dict[str, float] = {}
+        self.eos, self.special_tokens = eos, special_tokens
         self._tokenizer: Tokenizer | None = None
         self._restored: dict[str, Any] | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_spec)
+            self._tokenizer = load_tokenizer(self.tokenizer_spec, eos=self.eos, special_tokens=self.special_tokens)
+            if self._tokenizer.eos_id is None and self._tokenizer.kind != "bytes":
+                rank_zero_only(print)(
+                    f"the tokenizer {self.tokenizer_spec!r} has no end-of-text token, so documents are not separated; "
+                    "name one with data.eos",
+                    file=sys.stderr,
+                )
         return self._tokenizer
 
     def check_vocabulary(self, vocab_size: int) -> None:

@@ -65,6 +65,7 @@ def test_a_context_saved_within_the_prompt_goes_on(model, tmp_path):
     assert context.lengths == [15, 0, 0, 0]
     context.save(tmp_path / "s")
     again = Context.load(tmp_path / "s", model, max_new_tokens=12)
+    assert [bytes(b.tolist()) for b in again.before] == [PROMPTS[0][:15], b"", b"", b""]  # what text may begin within
     assert tokens_of(model, PROMPTS, None, context=again)[0] == whole
 
 

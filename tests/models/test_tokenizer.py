@@ -7,6 +7,7 @@ from hf_kinds import KINDS, TEXTS, tokenizer
 
 from subquad.errors import UserError
 from subquad.models.tokenizer import CONTEXT, ByteTokenizer, load_tokenizer
+from subquad.train.data import TextData
 
 SEQUENCES = [60, pytest.param(1500, marks=pytest.mark.slow)]
 
@@ -157,3 +158,12 @@ def test_a_broken_file_is_one_sentence(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match="holds no tokenizer that loads"):
             load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind, said", [("word_piece", 1), ("byte_level", 0)])
+def test_training_says_once_that_nothing_separates_documents(kind, said, tmp_path, capsys):
+    KINDS[kind]().save(str(tmp_path / "tokenizer.json"))
+    data = TextData(tokenizer=str(tmp_path / "tokenizer.json"))
+    assert data.tokenizer is data.tokenizer
+    assert capsys.readouterr().err.count("documents are not separated") == said
+    assert TextData(tokenizer=str(tmp_path / "tokenizer.json"), eos="a").tokenizer.eos_id is not None
