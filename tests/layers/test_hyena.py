@@ -1,5 +1,8 @@
 """Hyena's lengths, and the modal layer that is fitted to it."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -88,3 +91,37 @@ def test_filters_that_are_kept_follow_their_parameters():
         assert not torch.allclose(changed, before)
         assert torch.allclose(changed, layer.double()(x.double())[0].float(), atol=1e-5)
     assert torch.allclose(layer(x.double())[0].float(), changed, atol=1e-5)  # with gradients nothing is kept
+
+
+def through_data(layer):
+    layer.filter.out.weight.data.mul_(2)
+
+
+def by_assignment(layer):
+    new = {name: 2 * t for name, t in layer.state_dict().items()}
+    layer.load_state_dict(new, assign=True)
+
+
+def in_inference_mode(layer):
+    with torch.inference_mode():
+        layer.filter.rate.mul_(2)
+
+
+def by_another_dtype(layer):
+    layer.double()
+
+
+def by_a_hook(layer):
+    layer.filter.out.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [through_data, by_assignment, in_inference_mode, by_another_dtype, by_a_hook])
+@torch.no_grad()
+def test_known_taps_are_never_stale(change):
+    layer = Hyena(8, max_len=16)
+    before = layer.filter(16).clone()
+    assert torch.equal(layer.filter(16), before) and layer.filter.known is not None
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer):
+        change(copied)
+        assert torch.equal(copied.filter(9), copied.filter.taps(16)[:, :9])
+        assert copied.filter(9).dtype != before.dtype or not torch.equal(copied.filter(9), before[:, :9])
