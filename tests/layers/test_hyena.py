@@ -121,6 +121,7 @@ def test_known_taps_are_never_stale(change):
     layer = Hyena(8, max_len=16)
     before = layer.filter(16).clone()
     assert torch.equal(layer.filter(16), before) and layer.filter.known is not None
+    assert pickle.loads(pickle.dumps(layer)).filter.known is None  # computed again, not written
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer):
         change(copied)
         assert torch.equal(copied.filter(9), copied.filter.taps(16)[:, :9])
