@@ -45,8 +45,8 @@ from subquad.compare.subjects import (
     specification,
 )
 from subquad.errors import UserError, nearest
+from subquad.files import check_output, write_atomically
 from subquad.infer.device import DTYPES, pick_device, pick_dtype
-from subquad.infer.output import check_output, write_atomically
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 

@@ -12,7 +12,7 @@ from subquad.compare.families import REPRESENTATIVE, by_family
 from subquad.compare.fits import REFERENCE
 from subquad.compare.results import PHASES, Kind, Measurements, Phase
 from subquad.errors import UserError
-from subquad.infer.output import write_atomically
+from subquad.files import write_atomically
 
 SUFFIXES = (".png", ".svg")
 TOGETHER = 12  # as many subjects share a panel; more are divided into families

@@ -25,7 +25,7 @@ from subquad.arguments import Parser
 from subquad.compare.output import csv_writer, json_writer, typed
 from subquad.compare.results import begin
 from subquad.errors import UserError, nearest
-from subquad.infer.output import check_output, write_atomically
+from subquad.files import check_output, write_atomically
 from subquad.models.lm import LM
 
 VOCAB, WINDOW, HEAD = 256, 512, 64

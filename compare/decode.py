@@ -32,9 +32,9 @@ from subquad.compare.models import active_parameters, find_config
 from subquad.compare.output import csv_writer, short, typed
 from subquad.compare.results import Point
 from subquad.errors import UserError, one_line
+from subquad.files import check_output, write_atomically
 from subquad.infer.device import DTYPES, pick_device, pick_dtype
 from subquad.infer.generate import Context, decode
-from subquad.infer.output import check_output, write_atomically
 from subquad.infer.sampling import Sampling
 from subquad.infer.state import nbytes
 from subquad.kernels.state import leaves

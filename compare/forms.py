@@ -21,7 +21,7 @@ from subquad.arguments import Parser
 from subquad.compare.costs import mixing
 from subquad.compare.output import csv_writer
 from subquad.errors import UserError, nearest
-from subquad.infer.output import check_output, write_atomically
+from subquad.files import check_output, write_atomically
 from subquad.kernels.backend import Call, backend, recorded_calls
 from subquad.layers import available
 from subquad.layers.base import Layer

@@ -21,7 +21,7 @@ from rich.table import Table
 from subquad.compare.kernel_cases import CASES, Case, Sizes
 from subquad.compare.kernel_timing import copy_rate, floor, measure, trainable
 from subquad.compare.kernel_tune import SHORT, TOLERANCE
-from subquad.infer.output import write_atomically
+from subquad.files import write_atomically
 from subquad.kernels import blocked
 from subquad.kernels.backend import backend
 from subquad.kernels.blocked import Blocked

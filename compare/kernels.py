@@ -29,8 +29,8 @@ from subquad.compare.kernel_tune import tune
 from subquad.compare.output import csv_writer, json_writer, typed
 from subquad.compare.results import begin
 from subquad.errors import UserError, nearest
+from subquad.files import check_output, write_atomically
 from subquad.infer.device import DTYPES, pick_dtype
-from subquad.infer.output import check_output, write_atomically
 from subquad.kernels.backend import backend
 from subquad.kernels.examples import Example, load_ops, relative_error
 from subquad.kernels.triton import configs

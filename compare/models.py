@@ -33,8 +33,8 @@ from subquad.arguments import Parser
 from subquad.compare.costs import forward, shares
 from subquad.compare.output import csv_writer, short
 from subquad.errors import UserError, nearest, one_line
+from subquad.files import check_output, write_atomically
 from subquad.infer.device import DTYPES, pick_dtype
-from subquad.infer.output import check_output, write_atomically
 from subquad.infer.state import nbytes
 from subquad.models.checkpoint import CONFIG
 from subquad.models.config import LMConfig, refuse_code

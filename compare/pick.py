@@ -31,8 +31,8 @@ from subquad.compare.predict import Prediction, predict, predict_step
 from subquad.compare.results import PHASES, Measurements, Phase, load
 from subquad.compare.sizes import Sizes, sizes
 from subquad.errors import UserError
+from subquad.files import check_output, write_atomically
 from subquad.infer.device import pick_dtype
-from subquad.infer.output import check_output, write_atomically
 
 UNITS = {unit: 1000**i for i, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 UNITS |= {unit: 1024**i for i, unit in enumerate(("B", "KIB", "MIB", "GIB", "TIB"))}

@@ -32,8 +32,8 @@ from subquad.compare.recall_tasks import TASKS, Task
 from subquad.compare.shipped import folder
 from subquad.compare.subjects import label, specification
 from subquad.errors import UserError, nearest, shown
+from subquad.files import check_output, write_atomically
 from subquad.infer.device import pick_device
-from subquad.infer.output import check_output, write_atomically
 from subquad.reading import parse_yaml
 
 

@@ -16,7 +16,7 @@ from subquad.compare import cost_curves, shipped
 from subquad.compare.output import without_outputs
 from subquad.compare.readme_tables import TABLES
 from subquad.errors import UserError, nearest
-from subquad.infer.output import write_atomically
+from subquad.files import write_atomically
 
 FIGURE = re.compile(r"!\[[^]]*\]\((figures/(\w+)/\w+\.svg)\)")  # path and device
 BLOCK = re.compile(r"^<!-- measured: (.+?) -->\n(.*?)^<!-- end -->$", flags=re.MULTILINE | re.DOTALL)

@@ -14,7 +14,7 @@ from subquad.compare.families import REPRESENTATIVE, by_family
 from subquad.compare.fits import REFERENCE, Crossover, Fit, crossovers, fits
 from subquad.compare.output import short
 from subquad.compare.results import Measurements, Point
-from subquad.infer.output import write_atomically
+from subquad.files import write_atomically
 
 KINDS = {"layer": "whole layers", "op": "their ops alone", "model": "models"}
 PHASES = (

@@ -14,7 +14,7 @@ from beartype.door import is_bearable
 
 import subquad
 from subquad.errors import UserError
-from subquad.infer.output import write_atomically
+from subquad.files import write_atomically
 from subquad.kernels.backend import TRITON
 from subquad.kernels.blocked import triton_version
 

@@ -18,9 +18,9 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.context < 1 or options.chunk < 1:
         raise UserError(f"--context {options.context} and --chunk {options.chunk} must be at least 1")
+    from subquad.files import check_output, write_atomically
     from subquad.infer.device import pick_device, pick_dtype
     from subquad.infer.loss import measure
-    from subquad.infer.output import check_output, write_atomically
     from subquad.models.checkpoint import load
     from subquad.models.tokenizer import load_tokenizer
 

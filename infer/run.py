@@ -13,9 +13,9 @@ from types import FrameType
 from typing import Any
 
 from subquad.errors import UserError
+from subquad.files import check_output, write_atomically
 from subquad.infer.device import PeakMemory, pick_device, pick_dtype
 from subquad.infer.generate import Context, Generation, check_counts, encode
-from subquad.infer.output import check_output, write_atomically
 from subquad.infer.progress import Progress
 from subquad.infer.sampling import Sampling, generator, seeds_from
 from subquad.infer.state import nbytes

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import subquad
+from subquad.checksums import HEADER, SUMS, check, sealed, sums_of
 from subquad.errors import UserError
-from subquad.infer.output import write_atomically
+from subquad.files import write_atomically
 from subquad.kernels.state import leaves
 from subquad.layers.base import dtype_of
-from subquad.models.checkpoint import fingerprint
+from subquad.models.checkpoint import fingerprint, fingerprint_of_0_1
 from subquad.models.lm import LM, LMState
 
 State = TypeVar("State")
@@ -134,7 +135,8 @@ def save_state(
         "sequences": str(_batch(state)),
         "room": str(read or capacity(state)),  # of the caches as they are in the file
     }
-    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=about), overwrite=overwrite)
+    metadata = sealed(tensors, about)
+    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata), overwrite=overwrite)
 
 
 def load_state(
@@ -151,28 +153,51 @@ def load_state(
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             _check_origin(path, about, model)
+            sums = sums_of(path, file)
             names = set(file.keys())
-            extra = {n.removeprefix("extra."): file.get_tensor(n).clone() for n in names if n.startswith("extra.")}
-            state = model.init_state(int(about["sequences"]), max(int(about["room"]), room(extra)))
+            n, stored = _count(path, about, "sequences"), _count(path, about, "room")
+            _check_shapes(path, file, names, model, n, stored)
+            extra = {
+                name.removeprefix("extra."): check(path, name, file.get_tensor(name), sums).clone()
+                for name in names
+                if name.startswith("extra.")
+            }
+            state = model.init_state(n, max(stored, room(extra)))
             with torch.no_grad():
                 for name, kind, target in leaves(state):
-                    source = _tensor(file, path, f"state.{name}", names)
+                    source = check(path, f"state.{name}", file.get_tensor(f"state.{name}"), sums)
                     target = _as_real(target)
                     if kind == "append":
                         target = target[:, : source.shape[1]]
-                    if target.shape != source.shape:
-                        found, wanted = tuple(source.shape), tuple(target.shape)
-                        raise UserError(f"{path} does not fit the model: {name} is {found}, the model has {wanted}")
                     target.copy_(source)
     except (SafetensorError, OSError, KeyError) as error:
         raise UserError(f"{path} is damaged or no state file: {' '.join(str(error).split())}") from error
     return state, extra
 
 
-def _tensor(file: Any, path: Path, name: str, names: set[str]) -> Tensor:
-    if name not in names:
-        raise UserError(f"{path} does not fit the model: tensor {name!r} is missing")
-    return file.get_tensor(name)
+def _count(path: Path, about: Mapping[str, str], name: str) -> int:
+    """A number of the metadata, at least 0."""
+    text = about[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise UserError(f"{path} is damaged or no state file: {name} is {text[:40]!r}, which is no number")
+    return int(text)
+
+
+def _check_shapes(path: Path, file: Any, names: set[str], model: LM, n: int, room: int) -> None:
+    """Compare the file's header with the state that it says it holds, before anything of its size is allocated."""
+    found = {name: file.get_slice(name) for name in names}
+    for name, kind, target in leaves(model.init_state(1, 1)):
+        if f"state.{name}" not in names:
+            raise UserError(f"{path} does not fit the model: tensor {'state.' + name!r} is missing")
+        shape, wanted = tuple(found[f"state.{name}"].get_shape()), tuple(_as_real(target).shape)
+        # Of caches the tokens that they hold, which are 0 where a window is smaller, stand second.
+        fits = shape[:1] == (n,) and len(shape) == len(wanted)
+        if kind in ("append", "ring"):
+            fits = fits and shape[2:] == wanted[2:] and shape[1] <= max(room, wanted[1])
+        else:
+            fits = fits and shape[1:] == wanted[1:]
+        if not fits:
+            raise UserError(f"{path} does not fit the model: {name} is {shape}, the model has {(n, *wanted[1:])}")
 
 
 def _check_origin(path: Path, about: Mapping[str, str], model: LM) -> None:
@@ -181,7 +206,8 @@ def _check_origin(path: Path, about: Mapping[str, str], model: LM) -> None:
     theirs, mine = about["dtype"], _dtype_name(model)
     if theirs != mine:
         raise UserError(f"{path} was saved by a {theirs} model, this one is {mine}; load it as {theirs} (--dtype)")
-    theirs, mine = about["fingerprint"], fingerprint(model)
+    theirs = about["fingerprint"]
+    mine = fingerprint(model) if SUMS in about or HEADER in about else fingerprint_of_0_1(model)
     if theirs != mine:
         raise UserError(f"{path} belongs to another model: it was saved by {theirs[:12]}, this one is {mine[:12]}")
 

@@ -3,12 +3,11 @@
 import hashlib
 import io
 import json
-import os
-import shutil
-import tempfile
+import zlib
 from math import prod
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import subquad
+from subquad.checksums import check, crc32, sealed, sums_of
 from subquad.errors import UserError
+from subquad.files import recover, write_folder
 from subquad.layers.base import convert
 from subquad.models.config import LMConfig, refuse_code
 from subquad.models.lm import LM
@@ -34,6 +35,7 @@ def save(model: LM, folder: str | Path, *, tokenizer: Any = None, overwrite: boo
     An existing folder is an error unless `overwrite`, which replaces it only if it is empty or holds a model.
     """
     folder = Path(folder)
+    recover(folder)
     if folder.exists():
         if not overwrite:
             raise UserError(f"{folder} exists; pass overwrite (--overwrite) to replace it")
@@ -41,31 +43,16 @@ def save(model: LM, folder: str | Path, *, tokenizer: Any = None, overwrite: boo
             raise UserError(f"{folder} exists and holds no model of subquad, so it will not be replaced")
     values = {"format": "subquad", "version": subquad.__version__, "lm": model.config.to_dict()}
     values["tokenizer"] = "bytes" if tokenizer is None else tokenizer.kind
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            tensors = {name: tensor.contiguous() for name, tensor in _tensors(model).items()}
-            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-            (partial / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            if tokenizer is not None:
-                tokenizer.save(partial)
-            partial.chmod(0o755)
-            if folder.exists():
-                old = partial.with_name(partial.name + ".old")
-                os.replace(folder, old)
-                try:
-                    os.replace(partial, folder)
-                except OSError:
-                    os.replace(old, folder)
-                    raise
-                shutil.rmtree(old)
-            else:
-                os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the model to {folder}: {getattr(error, 'strerror', None) or error}") from error
+    tensors = {name: tensor.contiguous() for name, tensor in _tensors(model).items()}
+
+    def fill(partial: Path) -> None:
+        save_file(tensors, partial / WEIGHTS, metadata=sealed(tensors, {"format": "pt"}))
+        text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(partial)
+
+    write_folder(folder, fill, replace=overwrite)
     return folder
 
 
@@ -82,6 +69,7 @@ def load(
     trust_code: import the classes that its config.json names by dotted paths; else that is an error.
     """
     folder = Path(folder)
+    recover(folder)
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}")
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
@@ -116,12 +104,39 @@ class _NoInit(TorchFunctionMode):
 
 
 def fingerprint(model: LM) -> str:
-    """A digest of the configuration and of every weight: what ties a saved state to its model."""
+    """A digest of the configuration and of every weight's checksum: what ties a saved state to its model.
+
+    What the file of a loaded model said is taken for weights that torch has not seen change since; a change behind its
+    back, through `.data`, goes unnoticed.
+    """
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    known = _KNOWN.get(model, {})
+    for name, value in sorted(_entries(model).items()):
+        mark, found = known.get(name, (None, ""))
+        if mark is None or mark != _mark(value):
+            found = crc32(value) if _is_plain(value) else f"{zlib.crc32(_bytes(value)):08x}"
+        digest.update(f"{name} {found}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def fingerprint_of_0_1(model: LM) -> str:
+    """What version 0.1.0 wrote into its state files: a digest of every byte."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, value in sorted(_entries(model).items()):
         digest.update(name.encode())
         digest.update(_bytes(value))
     return digest.hexdigest()[:32]
+
+
+# model -> name of a weight -> (its `_mark`, its checksum), as they were when its file was read
+_KNOWN: WeakKeyDictionary[LM, dict[str, tuple[object, str]]] = WeakKeyDictionary()
+
+
+def _mark(value: Any) -> object:
+    """Changes when torch writes into the tensor or another takes its place; None where nothing would tell."""
+    if not _is_plain(value) or value.is_inference():
+        return None
+    return value.data_ptr(), value._version, value.dtype, value.device
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -177,16 +192,21 @@ def _dtype_of(path: Path) -> torch.dtype | None:
     return max(floats, key=lambda pair: pair[0])[1] if floats else None
 
 
-def _fill(model: nn.Module, path: Path) -> None:
-    """Copy the file's tensors into the model, naming the first one that does not fit."""
+def _fill(model: LM, path: Path) -> None:
+    """Copy the file's tensors into the model, naming the first one that does not fit or is damaged."""
     expected = _tensors(model)
+    known = {}
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
+            sums = sums_of(path, file)
             for name in sorted(expected):
                 if name not in names:
                     raise UserError(f"{path} does not fit its config.json: tensor {name!r} is missing")
-                shape = tuple(file.get_slice(name).get_shape())
+                part = file.get_slice(name)
+                if part.get_dtype() not in FLOATS and expected[name].is_floating_point():
+                    raise UserError(f"{path}: {name!r} is {part.get_dtype()}; weights are one of {', '.join(FLOATS)}")
+                shape = tuple(part.get_shape())
                 if shape != tuple(expected[name].shape):
                     wanted = tuple(expected[name].shape)
                     raise UserError(
@@ -197,6 +217,10 @@ def _fill(model: nn.Module, path: Path) -> None:
                 raise UserError(f"{path} does not fit its config.json: tensor {extra[0]!r} is not part of the model")
             with torch.no_grad():
                 for name, target in expected.items():
-                    target.copy_(file.get_tensor(name))
+                    source = check(path, name, file.get_tensor(name), sums)
+                    target.copy_(source)
+                    if sums is not None and source.dtype == target.dtype:
+                        known[name] = _mark(target), sums[name]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {' '.join(str(error).split())}") from error
+    _KNOWN[model] = known

@@ -15,7 +15,17 @@ MAY_IMPORT = {
     "compare": {"kernels", "layers", "models", "train", "infer"},
     "configs": set(),
 }
-ANYONE_MAY_IMPORT = {"errors", "reading", "memory", "arguments", "configs", "folders", "__version__"}
+ANYONE_MAY_IMPORT = {
+    "errors",
+    "reading",
+    "memory",
+    "files",
+    "checksums",
+    "arguments",
+    "configs",
+    "folders",
+    "__version__",
+}
 
 
 def imported_parts(source: str) -> set[str]:

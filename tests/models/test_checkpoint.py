@@ -1,13 +1,16 @@
 """A model on disk: what is saved comes back, what does not fit is refused by name, and nothing is ever half there."""
 
+import copy
 import json
 import os
+from random import Random
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import subquad
+from subquad import files
 from subquad.errors import UserError
 from subquad.layers.base import convert, parameters_with
 from subquad.models import checkpoint
@@ -223,7 +226,7 @@ def no_space(*arguments, **kwargs):
 def test_a_failing_write_leaves_the_old_model(saved, monkeypatch):
     before = contents(saved)
     monkeypatch.setattr(checkpoint, "save_file", no_space)
-    with pytest.raises(UserError, match=r"cannot write the model to .*: No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
         save(model(), saved, overwrite=True)
     assert contents(saved) == before
     assert list(saved.parent.iterdir()) == [saved]
@@ -236,14 +239,27 @@ def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_model_takes_the_place_of_another(saved, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(files, "_swap", lambda *_: False)
+    other = model()
+    with torch.no_grad():
+        other.norm.weight.fill_(2.0)
+    save(other, saved, overwrite=True)
+    assert load(saved).norm.weight.eq(2).all()
+    assert list(saved.parent.iterdir()) == [saved]
+
+
 def test_a_failing_exchange_puts_the_old_model_back(saved, monkeypatch):
-    before, replace, calls = contents(saved), os.replace, []
+    before, rename, calls = contents(saved), os.rename, []
 
     def second_fails(source, target):
         calls.append(source)
-        return no_space() if len(calls) == 2 else replace(source, target)
+        return no_space() if len(calls) == 2 else rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", second_fails)
+    monkeypatch.setattr(files, "_swap", lambda *_: False)
+    monkeypatch.setattr(files.os, "rename", second_fails)
     with pytest.raises(UserError, match="No space left"):
         save(model(), saved, overwrite=True)
     assert contents(saved) == before
@@ -262,5 +278,49 @@ def test_a_tokenizer_that_fails_to_save(tmp_path):
 
 def test_a_path_below_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot write the model to"):
+    with pytest.raises(UserError, match="cannot write"):
         save(model(), tmp_path / "file" / "model")
+
+
+def test_a_flipped_bit_is_told(saved):
+    path = saved / "model.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    random = Random(0)
+    places = [random.randrange(len(whole)) for _ in range(60)] + [random.randrange(header) for _ in range(60)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << random.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError):
+            load(saved)
+
+
+def test_the_damaged_tensor_is_named(saved):
+    path = saved / "model.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"is damaged: tensor '[\w.]+' is not the one that was written"):
+        load(saved)
+
+
+def test_a_fingerprint_follows_the_weights(saved):
+    first, second = load(saved), load(saved)
+    assert fingerprint(first) == fingerprint(second) == fingerprint(copy.deepcopy(first))
+    with torch.no_grad():
+        first.norm.weight[0] += 1
+    assert fingerprint(first) != fingerprint(second)
+    second.norm.weight = torch.nn.Parameter(first.norm.weight.detach().clone())
+    assert fingerprint(first) == fingerprint(second)
+    assert fingerprint(load(saved, dtype=torch.bfloat16)) != fingerprint(load(saved))
+
+
+def test_files_are_as_open_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save(model(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o640}
