@@ -40,5 +40,7 @@ def test_it_trains_and_decodes(tmp_path, capsys):
     assert len(losses) == 16
     assert losses[-1] < 0.8 * losses[0]
     capsys.readouterr()
-    assert main(["infer", "--model", "run/model", "--prompt", "the quick ", "--max-new-tokens", "12"]) == 0
+    assert (
+        main(["infer", "--model", "run/model", "--prompt", "the quick ", "--max-new-tokens", "12", "--trust-code"]) == 0
+    )
     assert capsys.readouterr().out
