@@ -2,7 +2,7 @@
 
 subquad conformance newcomer.LeakyAverage
 subquad train fit --config newcomer.yaml --data.files "*.py" --run runs/newcomer
-infer --model runs/newcomer/model --prompt "def "
+infer --model runs/newcomer/model --prompt "def " --trust-code
 """
 
 from typing import NamedTuple
