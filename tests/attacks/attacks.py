@@ -15,6 +15,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -125,7 +126,14 @@ def peak() -> int:
 
 
 def command(words: list[str]) -> str | None:
-    """Run a command in this process; its one sentence where it refuses, None where it works."""
+    """Run a command; its one sentence where it refuses, None where it works.
+
+    In this process, or with ATTACK_WITH_PROCESSES=1 as a user does.
+    """
+    if os.environ.get("ATTACK_WITH_PROCESSES") == "1":
+        typed = [word.encode("utf-8", "surrogatepass") for word in words]  # not UTF-8 where it cannot be
+        done = subprocess.run([Path(sys.executable).with_name("subquad"), *typed], capture_output=True)
+        return sentence(done.returncode, done.stderr.decode())
     from subquad.cli import main
 
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogateescape"), io.StringIO()
@@ -134,11 +142,16 @@ def command(words: list[str]) -> str | None:
             code = main(words)
         except SystemExit as end:  # --help
             code = end.code
-    if code in (0, None, 1):
+    return sentence(code or 0, err.getvalue())
+
+
+def sentence(code: int | str, err: str) -> str | None:
+    """What a command that refuses says last; anything else than 0, 1 (a check failed) and that is a fault."""
+    if code in (0, 1) and "Traceback" not in err:
         return None
-    lines = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
-    if code != 2 or len(lines) != 1 or "Traceback" in err.getvalue() or not err.getvalue().endswith(lines[0] + "\n"):
-        raise AssertionError(f"exit code {code}: {err.getvalue()}")
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    if code != 2 or len(lines) != 1 or "Traceback" in err or not err.endswith(lines[0] + "\n"):
+        raise AssertionError(f"exit code {code}: {err}")
     return lines[0].removeprefix("error: ")
 
 

@@ -11,9 +11,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def attacks(*words):
+def attacks(*words, **variables):
     """Counts by kind. In a process of its own, without the tests' checks of shapes and poisoned memory."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         [sys.executable, HERE / "attacks.py", *map(str, words)], env=environment, capture_output=True, text=True
     )
@@ -41,3 +41,10 @@ def test_twenty_thousand_attacks():
     assert counts["all"]["cases"] >= 20_000 and "bad" not in counts["all"]
     # A suite whose attacks all fail at the first check, or none of which is noticed, would show nothing.
     assert all(row["works"] and row["refused"] for name, row in counts.items() if name != "config.yaml of a run")
+
+
+@pytest.mark.slow
+def test_fifty_attacks_on_real_commands():
+    kinds = ("state", "training checkpoint", "config.yaml of a run", "command line", "command line of train")
+    counts = attacks("--kinds", *kinds, "--first", 0, "--count", 10, ATTACK_WITH_PROCESSES="1")
+    assert counts["all"]["cases"] == 50 and "bad" not in counts["all"]
