@@ -9,8 +9,6 @@ import glob
 import hashlib
 import json
 import os
-import secrets
-import shutil
 import sysconfig
 import tempfile
 import zlib
@@ -21,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from subquad.errors import UserError
+from subquad.files import write_folder
 from subquad.folders import cache_folder
 from subquad.models.tokenizer import Tokenizer
 from subquad.reading import read_mapping
@@ -227,10 +226,7 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, cache: str | P
     folder = Path(cache) if cache is not None else cache_folder()
     folder = folder / "tokens" / _key(documents, tokenizer)
     if not folder.exists():
-        try:
-            _write(folder, documents, tokenizer)
-        except OSError as error:
-            raise UserError(f"cannot write the token cache {folder.parent}: {error.strerror or error}") from error
+        _write(folder, documents, tokenizer)
     return _open(folder)
 
 
@@ -248,13 +244,11 @@ def _key(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
 
 
 def _write(folder: Path, documents: Sequence[Document], tokenizer: Tokenizer) -> None:
-    """Fill a folder beside `folder` and rename it: a reader sees all of it or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".partial-{secrets.token_hex(8)}"
-    partial.mkdir()
+    """Make the folder: a reader sees all of it or nothing."""
     dtype = np.dtype(np.min_scalar_type(tokenizer.vocab_size - 1)).newbyteorder("<")
-    starts, n_bytes = [0], 0
-    try:
+
+    def fill(partial: Path) -> None:
+        starts, n_bytes = [0], 0
         with open(partial / "tokens.bin", "wb") as out:
             for document in documents:
                 ids = _encode(document, tokenizer, dtype)
@@ -266,13 +260,12 @@ def _write(folder: Path, documents: Sequence[Document], tokenizer: Tokenizer) ->
         digest = _digest(tokens, np.asarray(starts, np.int64), n_bytes)
         meta = {"dtype": dtype.str, "n_bytes": n_bytes, "digest": digest}
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    try:
+        write_folder(folder, fill)
+    except UserError:
+        if not folder.exists():  # else another process was faster, with the same content
+            raise
 
 
 def _encode(document: Document, tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:

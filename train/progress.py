@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from subquad.files import write_atomically
+
 LINES_PER_RUN = 10  # without a terminal
 HIGHEST = 1e6  # bits per byte that a curve shows
 
@@ -158,10 +160,5 @@ def _draw_curve(run: Path, gzip: float | None) -> Path | None:
     axes.set_ylabel("cross entropy (bits per byte)")
     axes.grid(True, color="0.92", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    partial = run / ".curve.png.partial"
-    try:
-        figure.savefig(partial, format="png")
-        partial.replace(run / "curve.png")
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(run / "curve.png", lambda partial: figure.savefig(partial, format="png"), overwrite=True)
     return run / "curve.png"
