@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.errors import UserError
+from subquad.errors import UserError, one_line
 from subquad.infer.sampling import NO_TOKEN, Sampling, generator, seeds_from
 from subquad.infer.state import concatenate, fork, load_state, save_state, select
 from subquad.infer.text import TextStream, stop_strings
@@ -152,16 +152,21 @@ class Context:
             longest = int((extra["lengths"] + extra["unread_lengths"]).max())
             return longest + (0 if more is None else len(more)) + max_new_tokens
 
-        state, extra = load_state(path, model, room=room)
-        generators = [torch.Generator() for _ in extra["generators"]]
-        for g, values in zip(generators, extra["generators"], strict=True):
-            g.set_state(values.clone())  # torch 2.13 reads a row of a matrix from the wrong address and crashes
-        unread = list(extra["unread"].split(extra["unread_lengths"].tolist()))
-        seen = extra["seen"].to(device_of(model))
-        lengths, finished = extra["lengths"].tolist(), extra["finished"].tolist()
-        before = []
-        if "before" in extra and "before_lengths" in extra:  # files of version 0.1.0 hold none
-            before = list(extra["before"].split(extra["before_lengths"].tolist()))
+        try:
+            state, extra = load_state(path, model, room=room)
+            generators = [torch.Generator() for _ in extra["generators"]]
+            for g, values in zip(generators, extra["generators"], strict=True):
+                g.set_state(values.clone())  # torch 2.13 reads a row of a matrix from the wrong address and crashes
+            unread = list(extra["unread"].split(extra["unread_lengths"].tolist()))
+            seen = extra["seen"].to(device_of(model))
+            lengths, finished = extra["lengths"].tolist(), extra["finished"].tolist()
+            before = []
+            if "before" in extra and "before_lengths" in extra:  # files of version 0.1.0 hold none
+                before = list(extra["before"].split(extra["before_lengths"].tolist()))
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:  # of values that nothing here wrote
+            raise UserError(f"{path} is damaged: {one_line(error)}") from error
         context = cls(model, state, unread, lengths, seen, generators, finished, before)
         if more is not None:
             context.extend(more)

@@ -29,9 +29,8 @@ def build_layer(where: str, spec: str | Spec, *, d_model: int, layer_idx: int, n
     arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = arguments.pop("name", None)
     if not isinstance(name, str):
-        raise UserError(
-            f"{where} needs a name, such as {{name: Mamba2}}; it has: {shown_text(', '.join(arguments) or 'nothing')}"
-        )
+        given = shown_text(", ".join(map(str, arguments)) or "nothing")
+        raise UserError(f"{where} needs a name, such as {{name: Mamba2}}; it has: {given}")
     cls = find_layer(where, name)
     parameters = inspect.signature(cls.__init__).parameters
     accepted = [p for p in parameters if p != "self" and p not in _GIVEN_BY_MODEL]
@@ -50,7 +49,7 @@ def build_layer(where: str, spec: str | Spec, *, d_model: int, layer_idx: int, n
             return cls(**{k: v for k, v in given.items() if k in parameters}, **arguments)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    except (ArithmeticError, RuntimeError, ValueError) as error:  # what torch says to shapes that cannot be
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # what torch says to shapes that cannot be
         values = ", ".join(f"{key} {shown(value)}" for key, value in arguments.items())
         raise UserError(
             f"{where}: {name} cannot be built with {values or 'its defaults'}: {one_line(error)}"

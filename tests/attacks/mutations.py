@@ -122,6 +122,8 @@ def mutated_words(words: list[str], draw: random.Random) -> list[str]:
     """A command line with arguments changed, left out, doubled, misspelt or swapped."""
     out = list(words)
     for _ in range(draw.choice([1, 1, 2])):
+        if not out:
+            break
         i = draw.randrange(1, len(out)) if len(out) > 1 else 0
         change = draw.random()
         if change < 0.6:
