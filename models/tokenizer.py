@@ -103,9 +103,11 @@ class HFTokenizer:
             self.backend.no_padding()
             self._name_eos(path if path.is_dir() else path.parent, eos)
             self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        except UserError:
+        except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # the libraries raise bare Exceptions for malformed files
+        except (
+            BaseException
+        ) as error:  # of malformed files: bare Exceptions, and the Rust part's panics, which are none
             raise UserError(f"{path} holds no tokenizer that loads: {' '.join(str(error).split())}") from error
         self.tokenizer.model_max_length = sys.maxsize  # what its file says may be no number, and is no limit of ours
         if not self.vocab_size:

@@ -56,6 +56,7 @@ def kinds(folder: Path, names: list[str] | None) -> dict[str, Kind]:
         "configuration in JSON": Kind(config_file("json"), 2),
         "config.json of a model": Kind(model_config(model), 1.5),
         "weights": Kind(weights(model), 3),
+        "weights with a flipped bit": Kind(flipped_bit(model), 0.5),
         "state": Kind(state(model, folder / "state"), 2.5),
         "token cache": Kind(token_cache(folder), 1.5),
         "tokenizer": Kind(tokenizer(folder), 1),
@@ -169,6 +170,25 @@ def weights(model: Path) -> Callable[[random.Random], Use]:
         here = copied(model)
         (here / checkpoint.WEIGHTS).write_bytes(damaged(valid, draw))
         return lambda: used(checkpoint.load(here))
+
+    return make
+
+
+def flipped_bit(model: Path) -> Callable[[random.Random], Use]:
+    """One bit of one weight, which nothing but a checksum notices."""
+    valid = (model / checkpoint.WEIGHTS).read_bytes()
+    begin = 8 + struct.unpack("<Q", valid[:8])[0]
+
+    def make(draw: random.Random) -> Use:
+        here, data = copied(model), bytearray(valid)
+        data[draw.randrange(begin, len(data))] ^= 1 << draw.randrange(8)
+        (here / checkpoint.WEIGHTS).write_bytes(data)
+
+        def use() -> None:
+            checkpoint.load(here)
+            raise AssertionError("a flipped bit was not noticed")
+
+        return use
 
     return make
 
@@ -322,7 +342,7 @@ def command_line(folder: Path) -> Callable[[random.Random], Use]:
         ["compare", "cpu", "--models", "nope", "--tokens", "8"],
         ["layers", "Mamba2"],
         ["conformance", "Nope", "--d-model", "16", "--arg", "n_heads=2"],
-        ["doctor", "--nope"],
+        ["doctor", "--nope", "--nope", "--nope"],
         ["--version"],
         ["infer", "--model", words, "--prompt", "one"],
     ]

@@ -25,7 +25,7 @@ def attacks(*words, **variables):
 
 WITHOUT_TRAINING = (
     *("configuration as a dict", "configuration in YAML", "configuration in JSON", "config.json of a model"),
-    *("weights", "state", "token cache", "tokenizer", "command line"),
+    *("weights", "weights with a flipped bit", "state", "token cache", "tokenizer", "command line"),
 )
 
 
@@ -40,7 +40,8 @@ def test_twenty_thousand_attacks():
     print(json.dumps(counts, indent=2))
     assert counts["all"]["cases"] >= 20_000 and "bad" not in counts["all"]
     # A suite whose attacks all fail at the first check, or none of which is noticed, would show nothing.
-    assert all(row["works"] and row["refused"] for name, row in counts.items() if name != "config.yaml of a run")
+    assert all(row["refused"] for row in counts.values())
+    assert {name for name, row in counts.items() if not row.get("works")} == {"weights with a flipped bit"}
 
 
 @pytest.mark.slow
