@@ -149,6 +149,7 @@ class Context:
         def room(extra: dict[str, Tensor]) -> int:
             if not extra.keys() >= SAVED:
                 raise UserError(f"{path} holds a state alone; only what a generation saved says what comes next")
+            _check_saved(path, extra, model.config.vocab_size)
             longest = int((extra["lengths"] + extra["unread_lengths"]).max())
             return longest + (0 if more is None else len(more)) + max_new_tokens
 
@@ -184,6 +185,37 @@ class Context:
         self.before[i] = torch.cat([self.before[i], self.unread[i][:count].cpu()])[-CONTEXT:]
         self.unread[i] = self.unread[i][count:]
         self.lengths[i] += count
+
+
+def _check_saved(path: str | Path, extra: dict[str, Tensor], vocab_size: int) -> None:
+    """Refuse what no generation wrote, before anything is done with it: torch crashes on a generator's bad state."""
+    n, words = extra["lengths"].numel(), torch.Generator().get_state().numel()
+    shapes = {"lengths": (n,), "unread_lengths": (n,), "finished": (n,), "seen": (n, vocab_size)}
+    shapes |= {"generators": (n, words), "before_lengths": (n,)}
+    dtypes = {"finished": torch.bool, "seen": torch.bool, "generators": torch.uint8}
+    dtypes |= {"unread": torch.int32, "before": torch.int32}
+    for name in shapes.keys() | dtypes.keys():
+        if name not in extra:  # files of version 0.1.0 hold no `before`
+            continue
+        tensor = extra[name]
+        shape, dtype = shapes.get(name, (tensor.numel(),)), dtypes.get(name, torch.int64)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise UserError(f"{path} is damaged: {name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+    for name, least in (("unread", 1), ("before", 0)):
+        counts, tokens = extra.get(f"{name}_lengths"), extra.get(name)
+        if counts is None or tokens is None:
+            continue
+        if not n or int(counts.min()) < least or counts.double().sum() != tokens.numel():
+            raise UserError(f"{path} is damaged: {name}_lengths does not divide its {tokens.numel()} tokens")
+        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
+            raise UserError(f"{path} is damaged: {name} holds a token outside the vocabulary of {vocab_size}")
+    if int(extra["lengths"].min()) < 0 or int(extra["lengths"].max()) > 2**48:
+        raise UserError(f"{path} is damaged: lengths holds {int(extra['lengths'].max())}, no number of tokens read")
+    for state in extra["generators"]:
+        try:
+            torch.Generator().set_state(state.clone())
+        except RuntimeError as error:
+            raise UserError(f"{path} is damaged: generators holds no state of a random generator") from error
 
 
 def decode(

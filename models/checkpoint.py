@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import zlib
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -215,12 +216,31 @@ def _fill(model: LM, path: Path) -> None:
             extra = sorted(names - set(expected))
             if extra:
                 raise UserError(f"{path} does not fit its config.json: tensor {extra[0]!r} is not part of the model")
-            with torch.no_grad():
-                for name, target in expected.items():
-                    source = check(path, name, file.get_tensor(name), sums)
-                    target.copy_(source)
-                    if sums is not None and source.dtype == target.dtype:
-                        known[name] = _mark(target), sums[name]
+        with torch.no_grad():
+            for name, source in _streamed(path, expected):
+                check(path, name, source, sums)
+                target = expected[name]
+                target.copy_(source)
+                if sums is not None and source.dtype == target.dtype:
+                    known[name] = _mark(target), sums[name]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {' '.join(str(error).split())}") from error
     _KNOWN[model] = known
+
+
+def _streamed(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The file's tensors by name, of which few are in memory at a time.
+
+    The pages of a mapped file stay in this process's memory until it is closed: so it is opened anew after every 32
+    MiB, or loading a float32 file into bfloat16 would take three times the model.
+    """
+    left = list(names)
+    while left:
+        read = 0
+        with safe_open(path, framework="pt") as file:
+            while left and read < 2**25:
+                name = left.pop()
+                tensor = file.get_tensor(name)
+                read += tensor.nbytes
+                yield name, tensor
+                del tensor
