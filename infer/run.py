@@ -5,13 +5,14 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
 from typing import Any
 
+from subquad import terminal
 from subquad.errors import UserError
 from subquad.files import check_output, write_atomically
 from subquad.infer.device import PeakMemory, pick_device, pick_dtype
@@ -66,28 +67,32 @@ def run(options: argparse.Namespace) -> int:
             park=options.save_state is not None,
         )
         began = perf_counter()
-        with Printer(len(context.unread)) as printer:
-            for i, piece in generation:
-                printer.say(i, piece)
-                if interrupted():
-                    break
-            for i, piece in generation.finish():
-                printer.say(i, piece)
+        printer = Printer(len(context.unread))
+        for i, piece in generation:
+            printer.say(i, piece)
+            if interrupted() or terminal.failure():
+                break
         stats |= speed("decode", sum(len(t) for t in generation.tokens), perf_counter() - began)
         stats |= {"sequences": len(context.unread), "state_bytes": nbytes(context.state)}
         stats |= {"peak_memory_bytes": memory.above(), "peak_memory_source": memory.source}
-        stats["interrupted"] = interrupted()
-
+        # What is kept comes before what is shown, and a signal that arrives now waits for it.
+        if options.save_state is not None:
+            context.save(options.save_state, overwrite=options.overwrite)
+        held = list(generation.finish())
+        stats |= {"interrupted": bool(interrupted()), "texts": generation.texts}
+        if options.stats is not None:
+            text = json.dumps(stats, indent=2) + "\n"
+            write_atomically(options.stats, lambda partial: partial.write_text(text), overwrite=options.overwrite)
+        for i, piece in held:
+            printer.say(i, piece)
+        printer.finish()
+        signal_number = interrupted()
     if options.save_state is not None:
-        context.save(options.save_state, overwrite=options.overwrite)
         print(f"the state is in {options.save_state}", file=sys.stderr)
-    if options.stats is not None:
-        text = json.dumps(stats, indent=2) + "\n"
-        write_atomically(options.stats, lambda partial: partial.write_text(text), overwrite=options.overwrite)
-    if stats["interrupted"]:
+    if signal_number:
         generated = sum(len(t) for t in generation.tokens)
         print(f"interrupted after {sum(context.lengths)} tokens read and {generated} generated", file=sys.stderr)
-        return 130
+        return 128 + signal_number
     if generation.broken:
         raise UserError(generation.broken)
     return 0
@@ -108,7 +113,10 @@ def read_prompt(options: argparse.Namespace) -> str | bytes | None:
         return None
     if sys.stdin.isatty():
         raise UserError("there is no prompt; give --prompt TEXT, --prompt-file F, or text on stdin")
-    return sys.stdin.buffer.read()
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise UserError(f"cannot read the prompt from stdin: {error.strerror}") from error
 
 
 def start(options: argparse.Namespace, model: LM, tokens: Any, seeds: list[int]) -> Context:
@@ -133,26 +141,33 @@ def speed(what: str, tokens: int, seconds: float) -> dict[str, Any]:
 
 
 @contextmanager
-def interruptible() -> Iterator[Any]:
-    """Make the first Ctrl-C a question that the loops ask between two steps; a second one ends the process as usual.
+def interruptible() -> Iterator[Callable[[], int]]:
+    """Make the first SIGINT (Ctrl-C), SIGTERM or SIGHUP a question that the loops ask between two steps: its number, or
+    0. A second one ends the process as usual.
 
-    In the middle of a step the state is half written, so an exception there would leave nothing to save.
+    In the middle of a step the state is half written, so an exception there would leave nothing to save. A signal that
+    was ignored from outside, as nohup does, stays so.
     """
-    asked = threading.Event()
+    asked = 0
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            signal.default_int_handler(number, frame)
-        asked.set()
+        nonlocal asked
+        if asked:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        asked = asked or number
 
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
-        yield asked.is_set
-        return
-    before = signal.signal(signal.SIGINT, note)
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     try:
-        yield asked.is_set
+        yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Printer:
@@ -160,11 +175,8 @@ class Printer:
 
     def __init__(self, n: int):
         self.waiting: list[list[str]] = [[] for _ in range(n)]
-
-    def __enter__(self) -> "Printer":
-        if len(self.waiting) > 1:
+        if n > 1:
             print("==> 1 <==", flush=True)
-        return self
 
     def say(self, i: int, piece: str) -> None:
         if i == 0:
@@ -173,8 +185,10 @@ class Printer:
         else:
             self.waiting[i].append(piece)
 
-    def __exit__(self, *error: object) -> None:
+    def finish(self) -> None:
+        """Show what waits."""
         for i, pieces in enumerate(self.waiting[1:], 2):
             print(f"\n==> {i} <==\n" + "".join(pieces), end="")
         if sys.stdout.isatty() or len(self.waiting) > 1:
             print()
+        sys.stdout.flush()

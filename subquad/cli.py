@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import subquad
+from subquad import terminal
 from subquad.arguments import dispatch
 from subquad.errors import UserError, one_line, shown_text
 
@@ -20,7 +21,11 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `subquad COMMAND ...` and return its exit code: 0, 1 (a check failed), 2 (bad input), 130 (interrupted)."""
+    """Run `subquad COMMAND ...` and return its exit code.
+
+    0, 1 (a check failed), 2 (bad input, or stdout that cannot be written), 128 and the number of a signal that ended it
+    (130 Ctrl-C, 129 SIGHUP, 143 SIGTERM), 141 (the reader of stdout has gone). Files are written in all cases.
+    """
     return _guarded(_dispatch, list(sys.argv[1:] if argv is None else argv))
 
 
@@ -41,28 +46,31 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
+    terminal.guard()
     try:
         code = run(argv)
-        sys.stdout.flush()
-        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except (MemoryError, RuntimeError) as error:
         from subquad.memory import ran_out
 
         if not ran_out(error):
             raise
         print(f"error: there is not enough memory for this: {one_line(error)}", file=sys.stderr)
-        return 2
+        code = 2
     except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader (such as `head`) has gone; without this Python complains once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        code = 130
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {shown_text(str(error.filename))}: {error.strerror}", file=sys.stderr)
-        return 2
+        code = 2
+    sys.stdout.flush()
+    unshown = terminal.failure()
+    if unshown is None or code:
+        return code
+    if isinstance(unshown, BrokenPipeError):  # the reader, such as `head`, has enough
+        return 141
+    print(f"error: cannot write to stdout: {unshown.strerror}", file=sys.stderr)
+    return 2

@@ -40,7 +40,7 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
             if not overwrite:
                 raise UserError(f"{name} exists; pass overwrite (--overwrite) to replace it")
         if not path.parent.is_dir():
-            raise UserError(f"cannot write {name}: there is no folder {shown_text(str(path.parent))}")
+            raise UserError(f"cannot write {name}: there is no folder {shown_text(os.path.dirname(name) or '.')}")
         with suppress(FileNotFoundError):
             os.lstat(path)  # a name that is too long is told here
         with tempfile.TemporaryFile(dir=path.parent):

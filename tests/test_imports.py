@@ -21,6 +21,7 @@ ANYONE_MAY_IMPORT = {
     "memory",
     "files",
     "checksums",
+    "terminal",
     "arguments",
     "configs",
     "folders",
