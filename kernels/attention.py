@@ -11,7 +11,16 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
 from subquad.kernels.cache import cached_positions, gather_before, write_cache, write_token
-from subquad.kernels.packing import Padded, advance, check_packed, host_counts, mask_padding, positions, sequence_ids
+from subquad.kernels.packing import (
+    Chunks,
+    Padded,
+    advance,
+    check_packed,
+    host_counts,
+    mask_padding,
+    positions,
+    sequence_ids,
+)
 from subquad.kernels.state import KVCache, RingCache
 
 QUERY_BLOCK = 256  # queries whose mask is held at a time where SDPA needs an explicit one
@@ -163,9 +172,11 @@ def _fresh(q, k, v, pattern, sink_logits, cu_seqlens):
     if cu_seqlens is not None and (pattern.window is None or pattern.n_sinks or not pattern.causal):
         return _each_sequence(q, k, v, pattern, sink_logits, cu_seqlens)
     if pattern.window is not None and pattern.window < q.shape[1]:
-        at = positions(q.shape[1], None, cu_seqlens, q.device)
+        if cu_seqlens is not None:
+            return _banded_rows(q, k, v, pattern.window, sink_logits, cu_seqlens)
+        at = positions(q.shape[1], None, None, q.device)
         if pattern.causal:
-            return mask_padding(_banded(q, k, v, at, pattern, sink_logits), cu_seqlens)
+            return _banded(q, k, v, at, pattern, sink_logits)
         return _masked_blocks(q, k, v, at, at, pattern, sink_logits)
     if cu_seqlens is not None:
         return _each_sequence(q, k, v, pattern._replace(window=None), sink_logits, cu_seqlens)
@@ -283,6 +294,25 @@ def _banded(q, k, v, at, pattern, sink_logits, before=None, sinks=None):
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)
     out = sdpa(queries, keys, values, mask[:, None], sink_logits=sink_logits)
     return out.unflatten(0, (batch, count)).flatten(1, 2)[:, :time]
+
+
+def _banded_rows(q, k, v, W, sink_logits, cu_seqlens):
+    """`_banded` for packed rows: blocks of one sequence each, whose keys are filled up with its own, so that no product
+    holds two sequences."""
+    time, n_seqs = q.shape[1], cu_seqlens.numel() - 1
+    size = min(
+        max(32, W), 128, max(32, 1 << (time // max(1, n_seqs)).bit_length())
+    )  # short sequences leave blocks half empty
+    chunks = Chunks(q, size, cu_seqlens)
+    cu, sequence = cu_seqlens.long(), chunks.sequence[:, None]
+    band = torch.arange(1 - W, size, device=q.device)
+    rows = (chunks.start[:, None] + band).minimum(cu[sequence + 1] - 1).maximum(cu[sequence]).clamp(max=time - 1)
+    keys, values = (x[0].index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (k, v))
+    inner = torch.arange(size, device=q.device)
+    gap = inner[:, None] - band
+    before = chunks.start[:, None] - cu[sequence] + inner  # tokens before the query in its sequence
+    mask = (gap >= 0) & (gap < W) & (gap <= before[..., None])
+    return chunks.join(sdpa(chunks.split(q)[0], keys, values, mask[:, None], sink_logits=sink_logits)[None])
 
 
 def _masked_blocks(q, k, v, at, key_at, pattern, sink_logits, ids=None, offset=None):

@@ -13,9 +13,10 @@ from subquad.kernels.patterns import SparsePattern, Window
 from subquad.kernels.selected_blocks import Blocks, chosen_pieces, each_sequence, held_tokens, masked_softmax
 from subquad.kernels.sparse_attention import part_piece
 from subquad.kernels.state import Append, Count, accumulator_dtype
-from subquad.kernels.tiles import Rows, joined, piece
+from subquad.kernels.tiles import Rows, Tiles, joined, piece
 from subquad.kernels.wrapping import full_precision
 
+TILE = 64  # queries of a packed row that share the means they fetch
 FORCED = 3  # the first block, the one before the query's and the query's own are always read
 
 
@@ -61,7 +62,7 @@ def native_sparse_attention(
     if q.shape[2] % k.shape[2]:
         raise UserError(f"native_sparse_attention: {k.shape[2]} key heads do not divide {q.shape[2]} query heads")
     if cu_seqlens is not None:
-        q, k, v = (mask_padding(x, cu_seqlens) for x in (q, k, v))
+        q, k, v, gates = (mask_padding(x, cu_seqlens) for x in (q, k, v, gates))
     form = pick("native_sparse_attention", _FORMS, q)
     with full_precision(q):
         out, caches = form(q, k, v, gates, block, top_k, window, state, cu_seqlens)
@@ -108,13 +109,12 @@ def _gathered(q, k, v, gates, block, top_k, window, state, cu_seqlens):
     queries = q.flatten(0, 1).to(wide)
     compressed, probability = _compressed(queries, blocks, mean_k.to(wide), mean_v.to(wide), B, G)
 
-    of_sequence, before = blocks.visible(B)
-    index = blocks.by_row(blocks.index, B)[:, None]
-    forced = (index == 0) | (before == 1) | (before == 0)
+    index, own = torch.arange(blocks.most, device=q.device), (rows.position // block)[:, None]
+    forced = (index == 0) | (index == own - 1) | (index == own)
     weight = torch.where(forced[:, None], 2.0, probability)  # more than any probability
-    weight = weight.masked_fill(~(of_sequence & (before >= 0))[:, None], -1.0)
-    best, chosen = weight.topk(min(top_k, weight.shape[-1]))
-    chosen = torch.where(best >= 0, blocks.flat(chosen), -1).transpose(1, 2).flatten(0, 1)  # [R, G, n]
+    weight = weight.masked_fill((index > own)[:, None], -1.0)
+    best, chosen = weight.topk(min(top_k, blocks.most))
+    chosen = torch.where(best >= 0, blocks.begins[rows.sequence][:, None, None] + chosen, -1)  # [R, G, n]
     grouped = queries.unflatten(1, (G, -1))
     selected = joined(chosen_pieces(grouped, chosen, blocks, torch.arange(G, device=q.device)))
 
@@ -126,18 +126,26 @@ def _gathered(q, k, v, gates, block, top_k, window, state, cu_seqlens):
 
 
 def _compressed(queries, blocks, mean_k, mean_v, batch, groups):
-    """(softmax over the means of complete blocks [R, H, V], its probabilities averaged over groups [B, G, T, n])."""
-    q = queries.unflatten(0, (batch, -1)).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [B, G, H/G, T, K]
-    means = [blocks.by_row(x, batch).transpose(1, 2)[:, :, None] for x in (mean_k, mean_v)]
-    own, _ = blocks.visible(batch)
-    ends = (blocks.by_row(blocks.index, batch)[:, None] + 1) * blocks.size
-    position = blocks.rows.position.unflatten(0, (batch, -1))[..., None]
-    mask = (own & (ends <= position + 1))[:, None, None]
+    """(softmax over the means of complete blocks [R, H, V], its probabilities averaged over groups [R, G, n])."""
+    rows, index = blocks.rows, torch.arange(blocks.most, device=queries.device)
+    if rows.packed:  # tiles of one sequence each, so that no product holds two
+        tiles = Tiles(rows, TILE)
+        lanes, position = tiles.take(queries), tiles.position
+        at = (blocks.begins[tiles.sequence][:, None] + index).clamp(max=len(mean_k) - 1)
+        # Past a sequence's blocks comes the next one's, whose means must not be multiplied by zero.
+        held = ((index + 1) * blocks.size <= rows.end[tiles.sequence][:, None])[..., None, None]
+        means = [torch.where(held, x.index_select(0, at.flatten()).unflatten(0, at.shape), 0) for x in (mean_k, mean_v)]
+    else:
+        lanes, position, *means = (x.unflatten(0, (batch, -1)) for x in (queries, rows.position, mean_k, mean_v))
+    q = lanes.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [M, G, H/G, C, K]
+    means = [x.transpose(1, 2)[:, :, None] for x in means]
+    mask = ((index + 1) * blocks.size <= position[..., None] + 1)[:, None, None]
     found = piece(q, *means, mask)
     with torch.no_grad():
         scores = (q @ means[0].mT).masked_fill(~mask, -torch.inf)
-        share = (scores - found.top).exp() / found.total.clamp(min=1e-30)
-    return joined([found]).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2), share.mean(2)
+        share = ((scores - found.top).exp() / found.total.clamp(min=1e-30)).mean(2)
+    parts = joined([found]).permute(0, 3, 1, 2, 4).flatten(2, 3), share.transpose(1, 2)
+    return tuple(tiles.back(x, 0.0) if rows.packed else x.flatten(0, 1) for x in parts)
 
 
 _FORMS = register("native_sparse_attention", naive=_naive, torch=_gathered)

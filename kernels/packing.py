@@ -189,11 +189,8 @@ class Chunks:
         starts = F.pad(ends, (1, 0))[:-1]
         chunk = torch.arange(self.count, device=device)
         self.sequence = torch.searchsorted(ends, chunk, right=True).clamp(max=n_seqs - 1)
-        token = (
-            cu[self.sequence, None]
-            + (chunk - starts[self.sequence])[:, None] * size
-            + torch.arange(size, device=device)
-        )
+        self.start = cu[self.sequence] + (chunk - starts[self.sequence]) * size  # the row of a chunk's first token
+        token = self.start[:, None] + torch.arange(size, device=device)
         self.filled = token < cu[self.sequence + 1, None]
         self.token = token.clamp(max=max(self.time - 1, 0)).flatten()
         self.first = (chunk == starts[self.sequence])[:, None]

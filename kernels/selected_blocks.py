@@ -23,7 +23,7 @@ def held_tokens(rows: Rows, k: Tensor, v: Tensor, caches: tuple[Tensor, Tensor] 
     """Where keys and values of all positions lie, and the caches with the new tokens written."""
     new = [x.flatten(0, 1) for x in (k, v)]
     if caches is None:
-        return Source(*new, lambda n, p: rows.row(n, p).clamp(0, max(rows.total - 1, 0))), []
+        return Source(*new, rows.row), []
     slots = caches[0].shape[1]
     if k.device.type == "cpu" and not torch.compiler.is_compiling() and int(rows.end.max()) > slots:
         raise UserError(f"the cache has {slots} slots; {int(rows.end.max())} tokens do not fit (raise max_len)")
@@ -33,7 +33,7 @@ def held_tokens(rows: Rows, k: Tensor, v: Tensor, caches: tuple[Tensor, Tensor] 
 
 
 class Blocks:
-    """All blocks of all sequences in one list: whose, which, whether complete; `means` of any [R, G, .] tensor."""
+    """All blocks of all sequences in one list: whose and which; `means` of any [R, G, .] tensor."""
 
     def __init__(self, rows: Rows, size: int, source: Source, slots: int | None):
         self.rows, self.size, self.source, self.slots = rows, size, source, slots
@@ -44,7 +44,10 @@ class Blocks:
         else:
             self.sequence = torch.arange(rows.n_seqs, device=device).repeat_interleave(slots)
             self.index = torch.arange(slots, device=device).repeat(rows.n_seqs)
-        self.complete = (self.index + 1) * size <= rows.end[self.sequence]
+        self.begins = self.tiles.begins if slots is None else torch.arange(rows.n_seqs, device=device) * slots
+        self.most = -(-rows.time // size) if slots is None else slots  # blocks that one sequence can have
+        if rows.packed and device.type == "cpu" and rows.n_seqs and not torch.compiler.is_compiling():
+            self.most = min(self.most, -(-int(rows.end.max()) // size))
 
     def means(self, x: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(means [blocks, G, .], zero where a block is not complete; the cache of means with the new ones)."""
@@ -99,7 +102,8 @@ def chosen_pieces(queries: Tensor, chosen: Tensor, blocks: Blocks, kv_heads: Ten
         return at, keys, values
 
     if rows.time <= DIRECT:
-        at, keys, values = fetch(chosen.clamp(min=0), kv_heads[:, None].expand(R, g, n))
+        own = blocks.begins[rows.sequence].view(R, 1, 1)  # what none is chosen for fetches a block of its sequence
+        at, keys, values = fetch(torch.where(chosen >= 0, chosen, own), kv_heads[:, None].expand(R, g, n))
         mask = (chosen >= 0)[..., None] & (at <= rows.position.view(-1, 1, 1, 1))
         found = piece(queries[:, :, None], keys, values, mask[..., None, :].expand(-1, -1, -1, h, -1))
         return [Piece(*parts) for parts in zip(*(x.movedim(2, 0).flatten(2, 3) for x in found), strict=True)]
@@ -115,13 +119,15 @@ def chosen_pieces(queries: Tensor, chosen: Tensor, blocks: Blocks, kv_heads: Ten
     pair = order[tiles.source].unflatten(0, (-1, tiles.size))  # [m, C]
     tile_group = (tiles.sequence // len(blocks.sequence)).clamp(max=g - 1)
     at, keys, values = fetch(tiles.sequence % len(blocks.sequence), kv_heads[tile_group])
-    mask = (at[:, None] <= rows.position[pair // (g * n)][..., None]) & (tiles.sequence < none)[:, None, None]
-    taken = queries.flatten(0, 1).index_select(0, pair.flatten() // n).unflatten(0, pair.shape).flatten(1, 2)
+    real = tiles.filled & (tiles.sequence < none)[:, None]
+    mask = (at[:, None] <= rows.position[pair // (g * n)][..., None]) & real[..., None]
+    taken = queries.flatten(0, 1).index_select(0, pair.flatten() // n).unflatten(0, pair.shape)
+    taken = torch.where(real[..., None, None], taken, 0).flatten(1, 2)  # the keys may be another sequence's
     found = piece(taken, keys, values, mask.repeat_interleave(h, 1))
     back = order.argsort()
     parts = []
     for x, fill in zip(found, (EMPTY, 0.0, 0.0), strict=True):
-        sorted_x = tiles.back(x.unflatten(1, (-1, h)), fill)
+        sorted_x = tiles.back(torch.where(real[..., None, None], x.unflatten(1, (-1, h)), fill), fill)
         parts.append(sorted_x.index_select(0, back).unflatten(0, (R, g, n)).movedim(2, 0).flatten(2, 3))
     return [Piece(*each) for each in zip(*parts, strict=True)]
 

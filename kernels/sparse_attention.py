@@ -259,7 +259,7 @@ def _sources(rows, q, k, v, pattern, state):
     """(near, far, the end of all positions, the caches with the new tokens written)."""
     new = [x.flatten(0, 1) for x in (k, v)]
     if state is None:
-        return Source(*new, lambda n, p: rows.row(n, p).clamp(0, max(rows.total - 1, 0))), None, rows.time, None
+        return Source(*new, rows.row), None, rows.time, None
     slots, kept, end = state.k.shape[1], state.far_k.shape[1], 0
     far = pattern.far
     if far is not None:

@@ -37,8 +37,11 @@ class Rows:
         self.end = self.count + self.length
 
     def row(self, sequence: Tensor, position: Tensor) -> Tensor:
-        """The row of a sequence's new token at `position`."""
-        return self.begin[sequence] + position - self.count[sequence]
+        """The row of a sequence's new token at `position`; outside of its new tokens the nearest of them, so that what
+        fills a tile up is never another sequence's."""
+        last = (self.length - 1)[sequence]
+        local = (position - self.count[sequence]).minimum(last).clamp(min=0)
+        return (self.begin[sequence] + local).clamp(max=max(self.total - 1, 0))
 
 
 class Tiles:
@@ -66,11 +69,16 @@ class Tiles:
             begins = torch.arange(rows.n_seqs, device=device) * each
             sequence = torch.arange(rows.n_seqs, device=device).repeat_interleave(each)
             block = torch.arange(rows.n_seqs * each, device=device)
+        self.begins = begins  # of each sequence's tiles in the list
         first = start[sequence] + (block - begins[sequence]) * span
         self.sequence = sequence.repeat_interleave(spacing)
         self.first = (first[:, None] + torch.arange(spacing, device=device)).flatten()
         self.position = self.first[:, None] + torch.arange(size, device=device) * spacing
-        self.source = rows.row(self.sequence[:, None], self.position).clamp(0, max(rows.total - 1, 0)).flatten()
+        self.source = rows.row(self.sequence[:, None], self.position).flatten()
+        self.filled = None
+        if rows.packed or rows.carried or rows.time % span or limit is not None:
+            before, end = rows.count[self.sequence, None], rows.end[self.sequence, None]
+            self.filled = (self.position >= before) & (self.position < end)
         # Where each row's query stands: in which block, at which multiple of the spacing, at which offset.
         local = rows.position - start[rows.sequence]
         at = begins[rows.sequence] + local // span
@@ -80,8 +88,11 @@ class Tiles:
         self.covered = None if limit is None else rows.position < limit
 
     def take(self, x: Tensor) -> Tensor:
-        """[R, ...] -> [M, size, ...]."""
-        return x.index_select(0, self.source).unflatten(0, (-1, self.size))
+        """[R, ...] -> [M, size, ...], zero where a tile has no token."""
+        taken = x.index_select(0, self.source).unflatten(0, (-1, self.size))
+        if self.filled is None:
+            return taken
+        return torch.where(self.filled.view(*self.filled.shape, *[1] * (x.dim() - 1)), taken, 0)
 
     def back(self, x: Tensor, fill: float) -> Tensor:
         """[M, size, ...] -> [R, ...]; rows that no tile covers get `fill`."""

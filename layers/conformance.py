@@ -394,6 +394,75 @@ def batch_order_is_free(s: Subject) -> None:
     assert found <= EXACT, f"outputs differ by {found:.1e}"
 
 
+def isolates_sequences(s: Subject) -> None:
+    """NaN in some sequences' inputs and states, and in padding rows, leaves the others bit-identical: outputs, new
+    states, gradients of inputs and states."""
+    cu = cu_seqlens_of(torch.tensor([9, 5, 60, 0, 1, 12]))
+    layouts = [(min(70, s.max_len), None, False), (cu[-1].item() + 6, cu, False)]
+    layouts += [(min(20, s.max_len), None, True), (1, None, True), (cu[-1].item() + 6, cu, True)] if s.decodes else []
+    exact = getattr(s.layer, "causality", "exact") == "exact"
+    for time, packed, carried in layouts:
+        count = 3 if packed is None else len(packed) - 1
+        x = s.inputs(1 if packed is not None else count, time)
+        state = s.state(s.layer, count, 80) if carried else None
+        bad, bad_state = _poisoned(x, state, packed)
+        want, got = (_of_the_others(s.layer, *each, packed) for each in ((x, state), (bad, bad_state)))
+        same = torch.equal if exact else lambda a, b: error(a, b) <= EXACT
+        changed = [name for name in want if not same(got[name], want[name])]
+        layout = f"{'a batch' if packed is None else 'a packed row'}{' with a state' if carried else ''}"
+        assert not changed, f"NaN in some sequences of {layout} of {time} tokens reaches others: {', '.join(changed)}"
+
+
+def _poisoned(x: Tensor, state: Any, cu: Tensor | None) -> tuple[Tensor, Any]:
+    """x and the state with NaN in sequences 0 and 2: all of 0, the second half of 2; and in padding."""
+    bad = x.clone()
+    for n in (0, 2):
+        row, a, b = _span(x, n, cu)
+        bad[row, (a if n == 0 else (a + b) // 2) : b] = torch.nan
+    if cu is not None:
+        bad[:, cu[-1] :] = torch.nan
+    if state is None:
+        return bad, None
+    victims = torch.tensor([0, 2])
+    return bad, map_leaves(state, lambda p, k, t: t.index_fill(0, victims, torch.nan) if _has_gradient(t) else t)
+
+
+def _span(x: Tensor, n: int, cu: Tensor | None) -> tuple[int, int, int]:
+    """Where sequence n lies in x: its row, its first token, the one past its last."""
+    return (n, 0, x.shape[1]) if cu is None else (0, int(cu[n]), int(cu[n + 1]))
+
+
+def _of_the_others(layer: nn.Module, x: Tensor, state: Any, cu: Tensor | None) -> Named:
+    """What belongs to every sequence but 0 and 2, with and without gradients recorded; outputs of padding as well."""
+    count = x.shape[0] if cu is None else len(cu) - 1
+    others = [n for n in range(count) if n not in (0, 2)]
+
+    def split(y: Tensor) -> Tensor:
+        return torch.cat([y[row, a:b] for row, a, b in (_span(x, n, cu) for n in others)])
+
+    def found(y: Tensor, after: Any) -> Named:
+        states = {} if state is None else {name: t[others] for name, t in flat(after).items()}
+        return {"y": split(y), "padding": y[:, x.shape[1] if cu is None else cu[-1] :]} | states
+
+    with torch.no_grad():
+        plain = found(*layer(x, None if state is None else copied(state), cu))
+    sources = {"x": x.clone().requires_grad_()}
+    before = None
+    if state is not None:
+        before = map_leaves(state, lambda p, k, t: t.clone().requires_grad_() if _has_gradient(t) else t.clone())
+        sources |= {name: t for name, t in flat(before).items() if t.requires_grad}
+    traced = found(*layer(sources["x"], before, cu))
+    targets = [t for t in traced.values() if t.requires_grad]
+    upstream = [torch.ones_like(t) for t in targets]
+    gradients = torch.autograd.grad(targets, list(sources.values()), upstream, materialize_grads=True)
+    kept = [split(g) if name == "x" else g[others] for name, g in zip(sources, gradients, strict=True)]
+    return (
+        {f"{name} under no_grad": t for name, t in plain.items()}
+        | {name: t.detach() for name, t in traced.items()}
+        | {f"d {name}": g for name, g in zip(sources, kept, strict=True)}
+    )
+
+
 @needs(causal)
 def is_causal(s: Subject) -> None:
     """Changing token t changes no output before t: not at all, or by the order of summation where the layer says so."""
@@ -513,6 +582,7 @@ def _properties() -> Iterator[tuple[str, Property]]:
         packed_gradients,
         ragged_batches_agree,
         batch_order_is_free,
+        isolates_sequences,
         is_causal,
         writes_in_place,
         state_size_is_as_declared,

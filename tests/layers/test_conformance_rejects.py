@@ -112,6 +112,23 @@ class MixesTheBatch(Sound):
         return y + 1e-3 * torch.arange(x.shape[0], dtype=x.dtype)[:, None, None], state
 
 
+class MultipliesWhatItMasks(Sound):
+    """Right for finite numbers; zero times another sequence's NaN is NaN."""
+
+    def forward(self, x, state=None, cu_seqlens=None):
+        y, state = super().forward(x, state, cu_seqlens)
+        return y + 0.0 * x.sum((0, 1)), state
+
+
+class MasksTheForwardOnly(Sound):
+    """Outputs are selected, but the gradient of what was not selected is zero times NaN."""
+
+    def forward(self, x, state=None, cu_seqlens=None):
+        y, state = super().forward(x, state, cu_seqlens)
+        scale = (x.detach().abs().sum() + 1).expand_as(x)  # of all sequences
+        return y + mask_padding((x * scale - x * scale).nan_to_num(), cu_seqlens), state
+
+
 FAULTS: dict[type[nn.Module], str] = {
     LeaksTheFuture: "is_causal",
     ForgetsTheState: "splits_anywhere",
@@ -125,6 +142,8 @@ FAULTS: dict[type[nn.Module], str] = {
     PaddingIsNotZero: "packs",
     SwallowsArguments: "constructs_from_width",
     MixesTheBatch: "batch_order_is_free",
+    MultipliesWhatItMasks: "isolates_sequences",
+    MasksTheForwardOnly: "isolates_sequences",
 }
 
 
