@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import subquad
-from subquad.checksums import HEADER, SUMS, check, sealed, sums_of
+from subquad.checksums import HEADER, SUMS, check, sums_of, write_tensors
 from subquad.errors import UserError
 from subquad.files import write_atomically
 from subquad.kernels.state import leaves
@@ -135,8 +134,7 @@ def save_state(
         "sequences": str(_batch(state)),
         "room": str(read or capacity(state)),  # of the caches as they are in the file
     }
-    metadata = sealed(tensors, about)
-    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata), overwrite=overwrite)
+    write_atomically(path, lambda partial: write_tensors(tensors, partial, about), overwrite=overwrite)
 
 
 def load_state(

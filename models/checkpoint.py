@@ -12,13 +12,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import subquad
-from subquad.checksums import check, crc32, sealed, sums_of
+from subquad.checksums import check, crc32, sums_of, write_tensors
 from subquad.errors import UserError
 from subquad.files import recover, write_folder
 from subquad.layers.base import convert
@@ -47,7 +46,7 @@ def save(model: LM, folder: str | Path, *, tokenizer: Any = None, overwrite: boo
     tensors = {name: tensor.contiguous() for name, tensor in _tensors(model).items()}
 
     def fill(partial: Path) -> None:
-        save_file(tensors, partial / WEIGHTS, metadata=sealed(tensors, {"format": "pt"}))
+        write_tensors(tensors, partial / WEIGHTS, {"format": "pt"})
         text = json.dumps(values, indent=2, allow_nan=False) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
         if tokenizer is not None:

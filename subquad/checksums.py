@@ -7,9 +7,11 @@ have no checksums and are read without. CRC-32 is zlib's, which takes 1 s for 1 
 import json
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from subquad.errors import UserError
@@ -27,8 +29,20 @@ def crc32(tensor: Tensor) -> str:
     return f"{found:08x}"
 
 
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
+    """A safetensors file with the metadata `about` and the checksums. The same content gives the same bytes."""
+    save_file(dict(tensors), path, metadata=sealed(tensors, about))
+    with open(path, "r+b") as file:  # the library writes metadata in no certain order
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
 def sealed(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> dict[str, str]:
-    """The metadata `about` with the checksums of `tensors`, for `safetensors.torch.save_file`."""
+    """The metadata `about` with the checksums of `tensors`."""
     sums = {name: crc32(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from subquad.errors import UserError, shown_text
 
+_PROCESS = secrets.token_hex(4)  # where containers restart, another process has had our number
 _HOST = re.sub(r"\W", "-", socket.gethostname())[:40]
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -57,7 +58,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], *, overw
     """
     path = check_output(path, overwrite=overwrite)
     try:
-        sweep(path)
+        sweep(path.parent, _literal(path))
         partial = _beside(path, "partial")
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = partial.stat().st_mode & 0o777
@@ -87,7 +88,7 @@ def write_folder(path: str | Path, fill: Callable[[Path], object], *, replace: b
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
-        sweep(path)
+        sweep(path.parent, _literal(path))
         partial = _beside(path, "partial")
         partial.mkdir()
         try:
@@ -114,7 +115,7 @@ def recover(path: str | Path) -> None:
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         return
-    for old in sorted(path.parent.glob(_pattern(path, "old"))):
+    for old in sorted(path.parent.glob(f".{_literal(path)}.{_HOST}.*.*.old")):
         if _abandoned(old):
             if path.exists():
                 shutil.rmtree(old, ignore_errors=True)
@@ -123,9 +124,9 @@ def recover(path: str | Path) -> None:
                     os.rename(old, path)
 
 
-def sweep(path: Path) -> None:
-    """Remove what processes of this host that were killed had begun to write for `path`."""
-    for left in path.parent.glob(_pattern(path, "partial")):
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what processes of this host that were killed had begun to write in `folder`, to one name or to any."""
+    for left in folder.glob(f".{name}.{_HOST}.*.*.partial"):
         if _abandoned(left):
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
@@ -157,17 +158,19 @@ def _short(path: Path) -> str:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{_short(path)}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.{kind}")
+    return path.with_name(f".{_short(path)}.{_HOST}.{os.getpid()}.{_PROCESS}{secrets.token_hex(4)}.{kind}")
 
 
-def _pattern(path: Path, kind: str) -> str:
-    literal = re.sub(r"([*?[])", r"[\1]", _short(path))
-    return f".{literal}.{_HOST}.*.*.{kind}"
+def _literal(path: Path) -> str:
+    """The beginning of a name as a pattern that only it matches."""
+    return re.sub(r"([*?[])", r"[\1]", _short(path))
 
 
 def _abandoned(path: Path) -> bool:
-    pid = path.name.split(".")[-3]
-    return pid.isdigit() and not alive(int(pid))
+    pid, token = path.name.split(".")[-3:-1]
+    if not pid.isdigit():
+        return False
+    return not token.startswith(_PROCESS) if int(pid) == os.getpid() else not alive(int(pid))
 
 
 def _to_disk(path: Path) -> None:

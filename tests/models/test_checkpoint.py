@@ -227,7 +227,7 @@ def no_space(*arguments, **kwargs):
 
 def test_a_failing_write_leaves_the_old_model(saved, monkeypatch):
     before = contents(saved)
-    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    monkeypatch.setattr(checkpoint, "write_tensors", no_space)
     with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
         save(model(), saved, overwrite=True)
     assert contents(saved) == before
@@ -235,7 +235,7 @@ def test_a_failing_write_leaves_the_old_model(saved, monkeypatch):
 
 
 def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    monkeypatch.setattr(checkpoint, "write_tensors", no_space)
     with pytest.raises(UserError, match="No space left"):
         save(model(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
