@@ -7,7 +7,7 @@ READY := .venv/.ready
 .PHONY: demo test lint readme clean
 
 demo: $(READY)
-	$(BIN)/subquad train fit --config configs/demo.yaml --run runs/demo --overwrite
+	$(BIN)/subquad train fit --config configs/demo.yaml --run_dir runs/demo --overwrite
 	$(BIN)/infer --model runs/demo/model --prompt "def " --max-new-tokens 300 --temperature 0.7 --seed 0
 	@echo; echo "The loss curve is runs/demo/curve.png"
 

@@ -1,7 +1,7 @@
 """A mixer of one's own, outside the package: used as `newcomer.LeakyAverage` by whatever runs in this folder.
 
 subquad conformance newcomer.LeakyAverage
-subquad train fit --config newcomer.yaml --data.files "*.py" --run runs/newcomer
+subquad train fit --config newcomer.yaml --data.files "*.py" --run_dir runs/newcomer
 infer --model runs/newcomer/model --prompt "def " --trust-code
 """
 

@@ -4,10 +4,13 @@ import io
 import os
 import random
 import signal
+import struct
 import sys
 import threading
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +19,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from subquad.errors import UserError
+from subquad.files import write_atomically
 
+T = TypeVar("T")
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,21 +39,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
         buffer = io.BytesIO()  # torch reports a full disk as a RuntimeError without its cause
         torch.save(checkpoint, buffer)
-        try:
-            with open(partial, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, lambda partial: partial.write_bytes(buffer.getbuffer()), overwrite=True)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        if not is_whole(path):
+            raise UserError(f"the checkpoint {path} is damaged: its checksums are not those that were written")
         try:
             return super().load_checkpoint(path, map_location, weights_only)
         except Exception as error:  # torch says to a damaged file whatever its parts say
@@ -58,6 +57,44 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the most steps."""
     return max(folder.glob("step-*.ckpt"), key=lambda path: path.name, default=None)
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether a checkpoint's parts have the checksums that torch, which writes a zip file, put beside them."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, zlib.error, struct.error, RuntimeError):
+        return False
+
+
+def newest_whole(folder: Path, *, say: bool) -> Path:
+    """The checkpoint of the most steps that is not damaged; those that are, are named on stderr if `say`.
+
+    Raises UserError where there is none.
+    """
+    found = sorted(folder.glob("step-*.ckpt"), key=lambda path: path.name, reverse=True)
+    for path in found:
+        if is_whole(path):
+            return path
+        if say:
+            print(f"the checkpoint {path} is damaged; the one before it is taken", file=sys.stderr)
+    what = "no checkpoint" if not found else "no undamaged checkpoint"
+    raise UserError(f"there is {what} in {folder} to resume from")
+
+
+def over_ranks(value: T) -> list[T] | None:
+    """The values of all processes, in the order of their ranks, on the first; None on the others."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    found: list[Any] | None = [None] * world if rank == 0 else None
+    torch.distributed.gather_object(value, found)
+    return found
 
 
 class RunCheckpoints(Checkpoint):
@@ -113,7 +150,8 @@ class RunCheckpoints(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
         # A failed disk would fail again, and after a signal in the middle of an update there is no whole state.
-        if trainer.training and not isinstance(exception, Stopped | OSError | UserError):
+        # Of several processes the others may wait elsewhere for ever.
+        if trainer.training and trainer.world_size == 1 and not isinstance(exception, Stopped | OSError | UserError):
             self._save(trainer)
             if path := newest(self.folder):
                 print(
@@ -138,10 +176,12 @@ class RunCheckpoints(Checkpoint):
         self._handlers = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random": _random_state()}
+        return {"random_of_ranks": over_ranks(_random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._random = state_dict["random"]
+        states = state_dict.get("random_of_ranks") or [state_dict["random"]]  # as version 0.1.0 wrote it
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self._random = states[rank] if rank < len(states) else None
 
 
 def _random_state() -> dict[str, Any]:

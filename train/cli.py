@@ -7,25 +7,26 @@ import errno
 import logging
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import set_dumper, set_loader
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from subquad.errors import UserError, nearest, shown
+from subquad.files import sweep, write_folder
 from subquad.models import checkpoint
 from subquad.reading import dump_yaml, parse_yaml, read_mapping
-from subquad.train.checkpoints import AtomicCheckpointIO, RunCheckpoints, Stopped, newest
+from subquad.train.checkpoints import AtomicCheckpointIO, RunCheckpoints, Stopped, newest, newest_whole, step_of
 from subquad.train.data import TextData
-from subquad.train.progress import RunProgress, draw_curve, read_metrics
+from subquad.train.folders import Lock, first_process
+from subquad.train.progress import RunLogger, RunProgress, draw_curve, read_metrics
 from subquad.train.task import LanguageModeling
 from subquad.train.trust import check_run_config
 
@@ -73,8 +74,11 @@ class Parser(LightningArgumentParser):
 class TrainCLI(LightningCLI):
     """Adds the run's folder to LightningCLI, and what reads and writes it."""
 
+    lock: ClassVar[Lock | None] = None  # of the process, which trains one run at a time
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run", type=str, default="runs/latest", help="folder of the run")
+        parser.add_argument("--run_dir", type=str | None, default=None, help="folder of the run (runs/latest)")
+        parser.add_argument("--run", type=str | None, default=None, help="the same; torchrun takes it for its own")
         parser.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
         parser.add_argument("--trust_code", action="store_true", help="let the run's own config.yaml import classes")
         parser.add_argument("--resume", action="store_true", help="go on from the folder's newest checkpoint")
@@ -100,12 +104,24 @@ class TrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.subcommand]
-        self.run_folder = Path(options.run)
-        self.resuming = options.resume
-        if self.subcommand == "fit":
-            check_run_folder(self.run_folder, overwrite=options.overwrite, resume=options.resume)
-            if options.checkpoint_every < 1:
-                raise UserError(f"checkpoint_every is {options.checkpoint_every}; it must be at least 1")
+        self.run_folder = Path(options.run_dir or options.run or "runs/latest")
+        self.resume_from: Path | None = None
+        if self.subcommand != "fit":
+            return
+        if options.checkpoint_every < 1:
+            raise UserError(f"checkpoint_every is {options.checkpoint_every}; it must be at least 1")
+        if options.overwrite and options.resume:
+            raise UserError("--overwrite and --resume exclude each other")
+        if first_process():  # the others of a run come to a folder that may be there already
+            check_place(self.run_folder)
+            try:
+                TrainCLI.lock = Lock(self.run_folder)
+            except OSError as error:
+                raise cannot_make(self.run_folder, error) from error
+            if not options.resume:
+                check_run_folder(self.run_folder, overwrite=options.overwrite)
+        if options.resume:
+            self.resume_from = newest_whole(self.run_folder / "checkpoints", say=first_process())
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self._get(self.config_init, "trainer")
@@ -128,14 +144,11 @@ class TrainCLI(LightningCLI):
 
     def _loggers(self) -> list[Any]:
         """CSV and TensorBoard; nothing is written before the first row."""
-        last = self._resumed_step()
+        last = None if self.resume_from is None else step_of(self.resume_from)
+        rows = [] if last is None else read_metrics(self.run_folder, last)
         purge = None if last is None else last + 1
         board = TensorBoardLogger(self.run_folder, name="", version="tensorboard", purge_step=purge)
-        return [CSVLogger(self.run_folder, name="", version="metrics"), board]
-
-    def _resumed_step(self) -> int | None:
-        path = newest(self.run_folder / "checkpoints") if self.resuming else None
-        return None if path is None else int(path.stem.removeprefix("step-"))
+        return [RunLogger(self.run_folder, rows), board]
 
     def before_fit(self) -> None:
         """Check everything that can be wrong, then make the folder."""
@@ -144,29 +157,27 @@ class TrainCLI(LightningCLI):
         self.datamodule.setup("fit")
         if not self.trainer.is_global_zero:
             return
-        if not self.resuming:
+        if self.resume_from is None:
             self._make_run_folder()
+        for folder in (self.run_folder, *(path for path in self.run_folder.iterdir() if path.is_dir())):
+            sweep(folder)
         if self.progress.bar:
             text = f"{self.model.lm.n_parameters():,} parameters; {self.datamodule.describe()}"
             self.progress.console.print(text, highlight=False, soft_wrap=True)
 
     def _make_run_folder(self) -> None:
         self._dump_config()
-        values = {k: v for k, v in self.config_dump.items() if k not in ("config", "overwrite", "resume", "trust_code")}
-        try:
-            if self.run_folder.exists():
-                shutil.rmtree(self.run_folder)
-            self.run_folder.mkdir(parents=True)
-            (self.run_folder / "config.yaml").write_text(dump_yaml(values), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot make the run folder {self.run_folder}: {error.strerror}") from error
+        own = {"config", "overwrite", "resume", "trust_code", "run"}
+        values = {k: v for k, v in self.config_dump.items() if k not in own} | {"run_dir": str(self.run_folder)}
+
+        def fill(folder: Path) -> None:
+            (folder / "config.yaml").write_text(dump_yaml(values), encoding="utf-8")
+
+        # In one step: the run that it replaces is whole until then.
+        write_folder(self.run_folder, fill, replace=self.config[self.subcommand].overwrite)
 
     def fit(self, **kwargs: Any) -> None:
-        path = newest(self.run_folder / "checkpoints") if self.resuming else None
-        if path is not None and self.trainer.loggers and self.trainer.is_global_zero:
-            rows = read_metrics(self.run_folder, self._resumed_step())
-            self.trainer.loggers[0].experiment.metrics.extend(rows)
-        self.trainer.fit(**kwargs, ckpt_path=path, weights_only=True)
+        self.trainer.fit(**kwargs, ckpt_path=self.resume_from, weights_only=True)
 
     def after_fit(self) -> None:
         """The exported model first, then the last validation and the curve; where everything is."""
@@ -195,7 +206,7 @@ class TrainCLI(LightningCLI):
         path = Path(ckpt_path) if ckpt_path else newest(self.run_folder / "checkpoints")
         if path is None or not path.is_file():
             where = path or f"in {self.run_folder}/checkpoints"
-            raise UserError(f"there is no checkpoint {where}; give --run or --ckpt_path")
+            raise UserError(f"there is no checkpoint {where}; give --run_dir or --ckpt_path")
         self.datamodule.check_vocabulary(self.model.lm.config.vocab_size)
         self.datamodule.setup(which)
         name = "val" if which == "validate" else "test"
@@ -207,24 +218,27 @@ class TrainCLI(LightningCLI):
         print(f"{name}: {values['val/bpb']:.4f} bits per byte of {path} (gzip -9 of the same text: {gzip:.4f})")
 
 
-def check_run_folder(run: Path, *, overwrite: bool, resume: bool) -> None:
-    """One sentence where a run may not be written to a folder, or has nothing to resume."""
-    if overwrite and resume:
-        raise UserError("--overwrite and --resume exclude each other")
-    if resume:
-        if newest(run / "checkpoints") is None:
-            raise UserError(f"there is no checkpoint in {run / 'checkpoints'} to resume from")
+def check_run_folder(run: Path, *, overwrite: bool) -> None:
+    """One sentence where a new run may not be written to a folder."""
+    if not os.path.lexists(run):
         return
-    if run.exists():
-        if not overwrite:
-            raise UserError(
-                f"the run folder {run} exists; use --resume to go on, --overwrite to replace it or another --run"
-            )
-        if not run.is_dir() or (any(run.iterdir()) and not (run / "config.yaml").is_file()):
-            raise UserError(f"{run} holds no run of subquad, so --overwrite will not replace it")
+    if not overwrite:
+        raise UserError(
+            f"the run folder {run} exists; use --resume to go on, --overwrite to replace it or another --run_dir"
+        )
+    if not run.is_dir() or (any(run.iterdir()) and not (run / "config.yaml").is_file()):
+        raise UserError(f"{run} holds no run of subquad, so --overwrite will not replace it")
+
+
+def check_place(run: Path) -> None:
+    """One sentence where no folder can be made."""
     parent = next(p for p in (run.absolute().parent, *run.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"cannot make the run folder {run}: {parent} is no folder that may be written to")
+
+
+def cannot_make(run: Path, error: OSError) -> UserError:
+    return UserError(f"cannot make the run folder {run}: {error.strerror}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -236,6 +250,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"subquad train needs a command: {', '.join(SUBCOMMANDS)}")
     quiet()
     run = run_folder_of(argv)
+    TrainCLI.lock = None
     try:
         TrainCLI(
             LanguageModeling,
@@ -250,10 +265,12 @@ def main(argv: Sequence[str]) -> int:
             load_from_checkpoint_support=False,
         )
     except Stopped as stop:
-        if stop.path is None:
-            print("stopped before there was anything to save")
-        else:
-            print(f"stopped; saved {stop.path}; go on with: subquad train fit --run {stop.path.parents[1]} --resume")
+        if first_process():
+            if stop.path is None:
+                print("stopped before there was anything to save")
+            else:
+                folder = stop.path.parents[1]
+                print(f"stopped; saved {stop.path}; go on with: subquad train fit --run_dir {folder} --resume")
         return 130
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
@@ -261,16 +278,20 @@ def main(argv: Sequence[str]) -> int:
         if error.errno in CANNOT_WRITE:
             raise UserError(f"cannot write {error.filename or 'the run'}: {error.strerror}") from error
         raise
+    finally:
+        if TrainCLI.lock is not None:
+            TrainCLI.lock.release()
     return 0
 
 
 def run_folder_of(argv: list[str]) -> Path | None:
-    """What --run names on the command line, before anything is parsed."""
+    """What --run_dir names on the command line, before anything is parsed."""
     for here, after in zip(argv, [*argv[1:], ""], strict=True):
-        if here == "--run":
-            return Path(after)
-        if here.startswith("--run="):
-            return Path(here.removeprefix("--run="))
+        for option in ("--run_dir", "--run"):
+            if here == option:
+                return Path(after)
+            if here.startswith(f"{option}="):
+                return Path(here.removeprefix(f"{option}="))
     return None
 
 

@@ -1,6 +1,7 @@
 """What a person sees of a run: a progress bar (lines where there is no terminal) and a curve."""
 
 import csv
+import io
 import time
 from contextlib import suppress
 from math import nan
@@ -9,6 +10,9 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -162,3 +166,42 @@ def _draw_curve(run: Path, gzip: float | None) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     write_atomically(run / "curve.png", lambda partial: figure.savefig(partial, format="png"), overwrite=True)
     return run / "curve.png"
+
+
+class RunLogger(CSVLogger):
+    """metrics/metrics.csv of a run, beginning with the rows of what it goes on from."""
+
+    def __init__(self, run: Path, rows: list[dict[str, int | float]]):
+        super().__init__(run, name="", version="metrics")
+        self.rows = rows
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "WholeMetrics":
+        if self._experiment is None:
+            self._experiment = WholeMetrics(self.log_dir, self.rows)
+        return self._experiment
+
+
+class WholeMetrics(ExperimentWriter):
+    """Rows that are written whole or not at all, so that a killed process or a full disk takes none that were there."""
+
+    def __init__(self, folder: str, rows: list[dict[str, int | float]]):
+        super().__init__(folder)
+        self.written: list[dict[str, Any]] = list(rows)
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning deletes the file here."""
+
+    def save(self) -> None:
+        if not self.metrics:
+            return
+        rows = self.written + self.metrics
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, sorted({name for row in rows for name in row}))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(
+            self.metrics_file_path, lambda partial: partial.write_bytes(text.getvalue().encode()), overwrite=True
+        )
+        self.written, self.metrics = rows, []

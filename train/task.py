@@ -20,6 +20,7 @@ from subquad.layers.build import check_type
 from subquad.layers.routers import count_loads, update_balance_biases
 from subquad.models.config import LMConfig
 from subquad.models.lm import LM, LMState
+from subquad.train.checkpoints import over_ranks
 from subquad.train.rows import IGNORED, Batch, Carry
 
 # What a row's summed loss is divided by at first: the same for all rows, a power of two, near the number of targets.
@@ -246,11 +247,16 @@ class LanguageModeling(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not _norm([p.detach() for p in self.lm.parameters()]).isfinite():
             raise self._not_finite(f"weights are not finite at step {self.global_step}")
-        if "train" in self.carried:
-            checkpoint["carried"] = tree_leaves(self.carried["train"])
+        carried = [t.cpu() for t in tree_leaves(self.carried["train"])] if "train" in self.carried else None
+        of_ranks = over_ranks(carried)  # every process has streams of its own
+        if carried is not None:
+            checkpoint["carried_of_ranks"] = of_ranks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._saved_leaves = checkpoint.get("carried")
+        of_ranks = checkpoint.get("carried_of_ranks")
+        if of_ranks is None:  # as version 0.1.0 wrote it
+            of_ranks = [checkpoint.get("carried")]
+        self._saved_leaves = of_ranks[self.global_rank] if self.global_rank < len(of_ranks) else None
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from subquad.cli import main as subquad
+from subquad.errors import UserError
 from subquad.models import checkpoint
 from subquad.models.config import LMConfig
 from subquad.models.tokenizer import load_tokenizer
@@ -126,7 +127,7 @@ def test_asked_to_stop_saves_and_says_where(config, tmp_path, at_step, capsys, n
     assert fit(config, tmp_path / "stopped") == 130
     out = capsys.readouterr().out
     path = tmp_path / "stopped" / "checkpoints" / "step-00000007.ckpt"
-    assert f"saved {path}" in out and f"subquad train fit --run {tmp_path / 'stopped'} --resume" in out
+    assert f"saved {path}" in out and f"subquad train fit --run_dir {tmp_path / 'stopped'} --resume" in out
     assert path.is_file() and not (tmp_path / "stopped" / "model").exists()
 
     at_step(0, None)
@@ -191,7 +192,7 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(UserError, match="File too large"):
             AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(100_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -271,13 +272,14 @@ def test_an_existing_run_is_kept(config, tmp_path, capsys):
 
 
 def test_no_space_is_one_sentence(config, tmp_path, capsys, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device", str(tmp_path / "run"))
+    def full(path):
+        if path.name.startswith(".step-"):
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("subquad.train.checkpoints.os.fsync", full)
+    monkeypatch.setattr("subquad.files._to_disk", full)
     assert subquad(["train", "fit", "--config", str(config)]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
-    assert err == f"error: cannot write {tmp_path / 'run'}: No space left on device"
+    assert err == f"error: cannot write {tmp_path / 'run/checkpoints/step-00000012.ckpt'}: No space left on device"
 
 
 def test_no_permission_is_one_sentence(config, tmp_path, capsys):
