@@ -22,7 +22,7 @@ from subquad.errors import UserError
 from subquad.files import write_atomically
 
 T = TypeVar("T")
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(Exception):
@@ -100,7 +100,8 @@ def over_ranks(value: T) -> list[T] | None:
 class RunCheckpoints(Checkpoint):
     """Saves `folder`/step-N.ckpt every `every` steps, and when training ends, fails or is told to stop; keeps the last.
 
-    SIGINT (Ctrl-C) and SIGTERM let the current step finish, save and raise `Stopped`; a second one stops at once.
+    SIGINT (Ctrl-C), SIGTERM and SIGHUP let the current step finish, save and raise `Stopped`; a second one stops at
+    once. One that was ignored from outside, as nohup does, stays so.
     Python's, numpy's and torch's random states go into the checkpoint, which Lightning leaves out.
     """
 
@@ -117,7 +118,10 @@ class RunCheckpoints(Checkpoint):
             _set_random_state(self._random)
             self._random = None
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in STOPPING}
+            heard = [
+                number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN
+            ]  # nohup ignores one
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in heard}
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._asked_to_stop:
