@@ -15,13 +15,13 @@ from subquad.kernels.packing import (
     Chunks,
     Padded,
     advance,
-    check_packed,
     host_counts,
     mask_padding,
     positions,
     sequence_ids,
 )
 from subquad.kernels.state import KVCache, RingCache
+from subquad.kernels.wrapping import sequence_op
 
 QUERY_BLOCK = 256  # queries whose mask is held at a time where SDPA needs an explicit one
 
@@ -49,6 +49,7 @@ class Pattern(NamedTuple):
 Cache = KVCache | RingCache
 
 
+@sequence_op
 def attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -73,7 +74,6 @@ def attention(
     Returns (o [B, T, H, V], the new state or None).
     Cost: O(T^2 H K) to train, O(T W H K) with a window W; O(S H K) a decoded token over S cached slots; state 2 S G K.
     """
-    check_packed(q, cu_seqlens)
     _check(q, k, causal, window, n_sinks, state)
     pattern = Pattern(causal, window, n_sinks)
     if cu_seqlens is not None:  # whatever stands in padding rows must not reach a product

@@ -10,12 +10,12 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
 from subquad.kernels.cache import write_slots
-from subquad.kernels.packing import advance, check_packed, mask_padding
+from subquad.kernels.packing import advance, mask_padding
 from subquad.kernels.patterns import SparsePattern, Window
 from subquad.kernels.sparse_attention import SparseCache, sparse_attention
 from subquad.kernels.state import Count, Recurrent, Ring, accumulator_dtype
 from subquad.kernels.tiles import Rows, joined, piece
-from subquad.kernels.wrapping import by_sequence, full_precision
+from subquad.kernels.wrapping import by_sequence, full_precision, sequence_op
 
 
 class BucketCache(NamedTuple):
@@ -27,6 +27,7 @@ class BucketCache(NamedTuple):
     count: Count  # [N]
 
 
+@sequence_op
 def bucket_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
@@ -43,7 +44,6 @@ def bucket_attention(
     bucket: [B, T, H] in 0 .. n_buckets - 1. Returns (o [B, T, H, V], the new state or None).
     Cost: O(T W H K) and a sort; O(W H K) a decoded token; state 2 H buckets W K.
     """
-    check_packed(q, cu_seqlens)
     if n_buckets < 1 or window < 1:
         raise UserError(f"bucket_attention: n_buckets and window must be at least 1; got {n_buckets} and {window}")
     if cu_seqlens is not None:

@@ -10,11 +10,12 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
 from subquad.kernels.chunked import Query, chunk_size, decayed_products, solve_lower
-from subquad.kernels.packing import Chunks, check_packed
+from subquad.kernels.packing import Chunks
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, in_pieces, too_wide
+from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, in_pieces, sequence_op, too_wide
 
 
+@sequence_op
 def delta_rule(
     q: Float[Tensor, "B T G K"],
     k: Float[Tensor, "B T *R G K"],
@@ -42,7 +43,6 @@ def delta_rule(
     Returns (o [B, T, H, V] in v's dtype, the new state or None). Everything accumulates in float32 or wider.
     Cost: O(T R H (K V + C (K + V))) to train with chunks of C, O(R H K V) a decoded token, state H K V.
     """
-    check_packed(v, cu_seqlens)
     if v.dim() == 4:
         k, v, beta = k.unsqueeze(2), v.unsqueeze(2), beta.unsqueeze(2)
     H, G = v.shape[3], q.shape[2]

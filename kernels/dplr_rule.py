@@ -8,11 +8,12 @@ from torch import Tensor
 
 from subquad.kernels.backend import pick, register
 from subquad.kernels.chunked import Query, chunk_size, decayed_products, solve_lower
-from subquad.kernels.packing import Chunks, check_packed
+from subquad.kernels.packing import Chunks
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, in_pieces, too_wide
+from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, in_pieces, sequence_op, too_wide
 
 
+@sequence_op
 def dplr_rule(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
@@ -38,7 +39,6 @@ def dplr_rule(
     Returns (o [B, T, H, V] in v's dtype, the new state or None). Everything accumulates in float32 or wider.
     Cost: O(T H (K V + C (K + V))) to train with chunks of C, O(H K V) a decoded token, state H K V.
     """
-    check_packed(v, cu_seqlens)
     form = pick("dplr_rule", _FORMS, v, too_wide(q))
     with full_precision(v):
         out, last = form(q, k, v, a, b, expand_decay(decay, v), state, cu_seqlens)

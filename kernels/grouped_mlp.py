@@ -79,7 +79,8 @@ def _sorted(x, expert, weight, weights, act):
         return torch.zeros_like(x).index_add(0, token, out * weight)
     y, lengths = torch.zeros_like(x), counts.tolist()
     for e, (rows, w) in enumerate(zip(token.split(lengths), weight.split(lengths), strict=True)):
-        if torch.compiler.is_compiling() or len(rows):  # a tracer cannot branch on a length that depends on the data
+        # A tracer cannot branch on a length that depends on the data; no tokens at all still have a gradient.
+        if torch.compiler.is_compiling() or len(rows) or not x.shape[0]:
             y = y.index_add_(0, rows, _mlp(x.index_select(0, rows), e, weights, act) * w)
     return y
 

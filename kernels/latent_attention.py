@@ -13,8 +13,9 @@ from subquad.errors import UserError
 from subquad.kernels.attention import Pattern, attention, read_cache
 from subquad.kernels.backend import pick, register
 from subquad.kernels.cache import write_cache
-from subquad.kernels.packing import Padded, advance, check_packed, host_counts, mask_padding, positions
+from subquad.kernels.packing import Padded, advance, host_counts, mask_padding, positions
 from subquad.kernels.state import Append, Count, KVCache, accumulator_dtype
+from subquad.kernels.wrapping import sequence_op
 
 SCORES = 1 << 22  # scores that the absorbed form holds at a time
 
@@ -27,6 +28,7 @@ class LatentCache(NamedTuple):
     count: Count  # [N]
 
 
+@sequence_op
 def latent_attention(
     q: Float[Tensor, "B T H K"],
     q_rope: Float[Tensor, "B T H P"],
@@ -53,7 +55,6 @@ def latent_attention(
     many cached ones take w_k into the query and w_v out of the sum, O(T H R (K + V) + T S H (2 R + P)): whichever is
     fewer products. State S (R + P).
     """
-    check_packed(q, cu_seqlens)
     if cu_seqlens is not None:
         q, q_rope, c, k_rope = (mask_padding(x, cu_seqlens) for x in (q, q_rope, c, k_rope))
     form = pick("latent_attention", _FORMS, q)

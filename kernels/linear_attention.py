@@ -9,13 +9,14 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
 from subquad.kernels.chunked import Decay, Query, chunk_size, decayed_products, decayed_scores
-from subquad.kernels.packing import Chunks, check_packed
+from subquad.kernels.packing import Chunks
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, in_pieces
+from subquad.kernels.wrapping import by_sequence, expand_decay, full_precision, in_pieces, sequence_op
 
 LinearState = Tensor | tuple[Tensor, Tensor]
 
 
+@sequence_op
 def linear_attention(
     q: Float[Tensor, "B T G K"],
     k: Float[Tensor, "B T G K"],
@@ -69,7 +70,6 @@ def linear_attention(
 
 
 def _check(q, k, v, decay, exclusive, bonus, causal, state, cu_seqlens) -> None:
-    check_packed(v, cu_seqlens)
     H, G = v.shape[2], q.shape[2]
     if H % G:
         raise UserError(f"linear_attention: {G} heads of q and k do not divide the {H} heads of v")

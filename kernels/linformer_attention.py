@@ -12,8 +12,9 @@ from subquad.errors import UserError
 from subquad.kernels.attention import sdpa
 from subquad.kernels.backend import pick, register
 from subquad.kernels.cache import write_cache, write_slots
-from subquad.kernels.packing import Padded, advance, check_packed, mask_padding, positions
+from subquad.kernels.packing import Padded, advance, mask_padding, positions
 from subquad.kernels.state import Append, Count, Ring, RingCache
+from subquad.kernels.wrapping import sequence_op
 
 QUERIES = 256  # whose mask and keys are held at a time
 
@@ -28,6 +29,7 @@ class SummaryCache(NamedTuple):
     count: Count  # [N]
 
 
+@sequence_op
 def linformer_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
@@ -49,7 +51,6 @@ def linformer_attention(
 
     Returns (o [B, T, H, V], the new state or None).
     """
-    check_packed(q, cu_seqlens)
     if state is not None and not causal:
         raise UserError(
             "linformer_attention: causal=False reads the whole sequence at once and cannot go on from a state"

@@ -10,9 +10,9 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
 from subquad.kernels.cache import write_slots
-from subquad.kernels.packing import Padded, advance, check_packed
+from subquad.kernels.packing import Padded, advance
 from subquad.kernels.state import Append, Count, accumulator_dtype
-from subquad.kernels.wrapping import full_precision
+from subquad.kernels.wrapping import full_precision, sequence_op
 
 FEW = 4  # so many tokens read the buffer directly: a transform of the whole of it costs more
 
@@ -24,6 +24,7 @@ class LongConvCache(NamedTuple):
     count: Count  # [N]
 
 
+@sequence_op
 def long_conv(
     x: Float[Tensor, "B T D"],
     filter: Float[Tensor, "D L"],
@@ -39,12 +40,9 @@ def long_conv(
     Cost: O(T D log T); with a state of S slots O(S D log S) a call, and decoding O(S D) a token: an exact convolution
     reads every input again. S D values of state.
     """
-    check_packed(x, cu_seqlens)
     form = pick("long_conv", _FORMS, x)
     rows = Padded(x.shape[1], cu_seqlens)
     new, time = rows.split(x), rows.length
-    if not time:
-        return torch.zeros_like(x), state
     dtype = accumulator_dtype(x.dtype)
     count = new.new_zeros(new.shape[0], dtype=torch.int64) if state is None else state.count
     with full_precision(x):

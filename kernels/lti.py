@@ -8,15 +8,16 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
-from subquad.kernels.packing import Chunks, check_packed
+from subquad.kernels.packing import Chunks
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, full_precision
+from subquad.kernels.wrapping import by_sequence, full_precision, sequence_op
 
 LOG_CHUNK = 6  # of the largest chunk, 64 tokens
 FEW = 128  # so many tokens are stepped through: for fewer, a chunk's matrices cost more than they save
 FEW_LOW_RANK = 384
 
 
+@sequence_op
 def lti(
     u: Float[Tensor, "B T H"],
     A: Inexact[Tensor, "H N"],
@@ -39,7 +40,6 @@ def lti(
     and a carried state are one computation; its kernels are built in float64 from what they are given.
     Cost: O(T H (N + C)) for chunks of C <= 64 tokens, decoding O(H N) a token; N (complex) values of state a channel.
     """
-    check_packed(u, cu_seqlens)
     system = [A, B, C] if P is None or Q is None else [A, B, C, P, Q]
     if len({t.is_complex() for t in system}) > 1:
         raise UserError(f"lti: A, B, C, P, Q are all real or all complex; got {[str(t.dtype) for t in system]}")

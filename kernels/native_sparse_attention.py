@@ -8,13 +8,13 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
-from subquad.kernels.packing import advance, check_packed, mask_padding
+from subquad.kernels.packing import advance, mask_padding
 from subquad.kernels.patterns import SparsePattern, Window
 from subquad.kernels.selected_blocks import Blocks, chosen_pieces, each_sequence, held_tokens, masked_softmax
 from subquad.kernels.sparse_attention import part_piece
 from subquad.kernels.state import Append, Count, accumulator_dtype
 from subquad.kernels.tiles import Rows, Tiles, joined, piece
-from subquad.kernels.wrapping import full_precision
+from subquad.kernels.wrapping import full_precision, sequence_op
 
 TILE = 64  # queries of a packed row that share the means they fetch
 FORCED = 3  # the first block, the one before the query's and the query's own are always read
@@ -30,6 +30,7 @@ class NSACache(NamedTuple):
     count: Count  # [N]
 
 
+@sequence_op
 def native_sparse_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -53,7 +54,6 @@ def native_sparse_attention(
     Cost: O(T (T / block + top_k block + window) H K); a decoded token O((S / block + top_k block + window) H K);
     state 2 S G K (1 + 1 / block).
     """
-    check_packed(q, cu_seqlens)
     if block < 1 or window < 1 or top_k < FORCED:
         raise UserError(
             f"native_sparse_attention: block and window must be at least 1 and top_k at least {FORCED}; got {block}, "
@@ -104,8 +104,6 @@ def _gathered(q, k, v, gates, block, top_k, window, state, cu_seqlens):
     mean_k, written_k = blocks.means(source.k, None if state is None else state.mean_k)
     mean_v, written_v = blocks.means(source.v, None if state is None else state.mean_v)
     caches = [*caches, written_k, written_v]
-    if not T:
-        return q.new_zeros(B, T, H, v.shape[3]), caches
     queries = q.flatten(0, 1).to(wide)
     compressed, probability = _compressed(queries, blocks, mean_k.to(wide), mean_v.to(wide), B, G)
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.kernels.attention import sdpa
 from subquad.kernels.backend import pick, register
-from subquad.kernels.packing import Padded, check_packed, mask_padding
+from subquad.kernels.packing import Padded, mask_padding
 from subquad.kernels.state import accumulator_dtype
-from subquad.kernels.wrapping import full_precision
+from subquad.kernels.wrapping import full_precision, sequence_op
 
 
+@sequence_op
 def nystrom_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
@@ -34,7 +35,6 @@ def nystrom_attention(
 
     It reads the whole sequence, so it has no state. Cost O(T m H (K + V) + m^3 H) for m landmarks.
     """
-    check_packed(q, cu_seqlens)
     if n_landmarks < 1 or n_iterations < 1:
         raise UserError(
             f"nystrom_attention: n_landmarks and n_iterations are at least 1; got {n_landmarks} and {n_iterations}"

@@ -42,14 +42,30 @@ def cu_seqlens_of(lengths: Int[Tensor, "N"]) -> Int[Tensor, "M"]:
 
 
 def check_packed(x: Tensor, cu_seqlens: Tensor | None, state: object = None) -> None:
-    """One sentence for a packed call that cannot be meant."""
+    """One sentence for a call that cannot be meant. Boundaries are read where that costs nothing, on the CPU."""
+    while isinstance(state, tuple) and state:
+        state = state[0]
     if cu_seqlens is None:
+        if isinstance(state, Tensor) and state.shape[0] != x.shape[0]:
+            raise UserError(f"the state is of {state.shape[0]} sequences, x of {x.shape[0]}; one state goes on each")
         return
+    if cu_seqlens.dim() != 1 or not cu_seqlens.numel() or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise UserError(
+            f"cu_seqlens is an integer vector of N+1 boundaries, int32 or int64; got {cu_seqlens.dtype} "
+            f"{tuple(cu_seqlens.shape)}"
+        )
     if x.shape[0] != 1:
         raise UserError(f"packed input has batch 1 and all sequences in one row; x has batch {x.shape[0]}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+    count = cu_seqlens.numel() - 1
+    if isinstance(state, Tensor) and state.shape[0] != count:
+        raise UserError(f"the state is of {state.shape[0]} sequences, cu_seqlens of {count}; one state goes on each")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] or bounds[-1] > x.shape[1] or bounds != sorted(bounds):
+        given = ", ".join(map(str, bounds if count < 8 else [*bounds[:4], "...", *bounds[-3:]]))
         raise UserError(
-            f"cu_seqlens is an integer vector of N+1 boundaries; got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            f"cu_seqlens starts at 0, never decreases and ends within the {x.shape[1]} tokens of x; got {given}"
         )
 
 
@@ -75,6 +91,8 @@ def positions(
     if cu_seqlens is None:
         t = torch.arange(time, device=device if count is None else count.device)
         return t[None] if count is None else count[:, None] + t
+    if cu_seqlens.numel() == 1:  # no sequences, so all is padding
+        return torch.zeros(1, time, dtype=torch.int64, device=cu_seqlens.device)
     ids, _ = sequence_ids(time, cu_seqlens)
     local = torch.arange(time, device=cu_seqlens.device) - cu_seqlens.long()[ids]
     return (local if count is None else local + count[ids])[None]

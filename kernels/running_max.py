@@ -5,11 +5,12 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
-from subquad.kernels.packing import Chunks, check_packed
+from subquad.kernels.packing import Chunks
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, full_precision
+from subquad.kernels.wrapping import by_sequence, full_precision, sequence_op
 
 
+@sequence_op
 def running_max(
     f: Tensor, i: Tensor, *, initial: float = 0.0, state: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -20,7 +21,6 @@ def running_max(
     Returns (every m_t [B, T, ...] in at least float32, the new state or None). Differentiable in f, i and the state.
     Cost: O(T D).
     """
-    check_packed(i, cu_seqlens)
     if f.shape != i.shape:
         raise UserError(f"running_max: f {tuple(f.shape)} and i {tuple(i.shape)} must have one shape")
     form = pick("running_max", _FORMS, f if f.dtype == torch.float64 else i)

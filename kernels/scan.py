@@ -6,13 +6,14 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
 from subquad.kernels.operators import operator
-from subquad.kernels.packing import check_packed, sequence_ids
+from subquad.kernels.packing import sequence_ids
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, full_precision
+from subquad.kernels.wrapping import by_sequence, full_precision, sequence_op
 
 CACHED = 1 << 21  # bytes of a piece of one input
 
 
+@sequence_op
 def scan(
     a: Tensor, b: Tensor, *, state: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -22,7 +23,6 @@ def scan(
     Returns (every h_t [B, T, ...] in b's dtype, the new state or None). Accumulates in float32 or wider.
     Cost: O(T D). Second derivatives raise.
     """
-    check_packed(b, cu_seqlens)
     if a.shape != b.shape:
         raise UserError(f"scan: a {tuple(a.shape)} and b {tuple(b.shape)} must have one shape")
     form = pick("scan", _FORMS, b)

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from subquad.kernels.backend import pick, register
 from subquad.kernels.operators import operator
-from subquad.kernels.packing import Chunks, check_packed
+from subquad.kernels.packing import Chunks
 from subquad.kernels.state import accumulator_dtype, commit
-from subquad.kernels.wrapping import by_sequence, full_precision
+from subquad.kernels.wrapping import by_sequence, full_precision, sequence_op
 
 BLOCK_VALUES = 1 << 18  # values of state a block of time may hold, so that a block stays in a core's cache
 
 
+@sequence_op
 def selective_scan(
     x: Float[Tensor, "B T D"],
     dt: Float[Tensor, "B T D"],
@@ -31,7 +32,6 @@ def selective_scan(
     Cost: O(T D N) with O(D N) memory a block of time (recomputed backward); D N values of state. Second derivatives
         raise.
     """
-    check_packed(x, cu_seqlens)
     form = pick("selective_scan", _FORMS, x)
     dtype = accumulator_dtype(x.dtype)
     with full_precision(x):

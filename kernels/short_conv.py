@@ -7,11 +7,12 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
-from subquad.kernels.packing import Prefixed, check_packed
+from subquad.kernels.packing import Prefixed
 from subquad.kernels.state import commit
-from subquad.kernels.wrapping import by_sequence, full_precision
+from subquad.kernels.wrapping import by_sequence, full_precision, sequence_op
 
 
+@sequence_op
 def short_conv(
     x: Float[Tensor, "B T D"],
     weight: Float[Tensor, "D W"],
@@ -27,7 +28,6 @@ def short_conv(
         None).
     Cost: O(T D W); D (W-1) values of state.
     """
-    check_packed(x, cu_seqlens)
     if activation not in (None, "silu"):
         raise UserError(f"short_conv: activation is None or 'silu', not {activation!r}")
     if weight.shape[0] != x.shape[2]:
@@ -38,6 +38,7 @@ def short_conv(
     return y, None if state is None else commit(state, last)
 
 
+@sequence_op
 def shift(
     x: Float[Tensor, "B T D"],
     *,
@@ -45,7 +46,6 @@ def shift(
     cu_seqlens: Int[Tensor, "M"] | None = None,
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N 1 D"] | None]:
     """y_t = x_{t-1} within each sequence, zero (or the carried input) at its start; state: the last input [N, 1, D]."""
-    check_packed(x, cu_seqlens)
     y, last = pick("shift", _SHIFTS, x)(x, None, None, state, cu_seqlens, None)
     return y, None if state is None else commit(state, last)
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
 from subquad.kernels.cache import ring_slots, write_slots
-from subquad.kernels.packing import advance, check_packed, mask_padding
+from subquad.kernels.packing import advance, mask_padding
 from subquad.kernels.patterns import SparsePattern
 from subquad.kernels.state import Append, Count, Ring, accumulator_dtype
 from subquad.kernels.tiles import BUDGET, EMPTY, Piece, Rows, Source, Tiles, joined, piece
-from subquad.kernels.wrapping import full_precision
+from subquad.kernels.wrapping import full_precision, sequence_op
 
 SHORT = 128  # tokens up to which tiles cost more than a whole mask
 
@@ -41,6 +41,7 @@ def empty_cache(
     return SparseCache(near_k, near_k.clone(), far_k, far_k.clone(), count)
 
 
+@sequence_op
 def sparse_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -62,7 +63,6 @@ def sparse_attention(
     Cost: O(edges H K), where the edges are those of the pattern's tiles, and never T^2; a decoded token costs what it
     reads; state 2 (first + ring + far) G K.
     """
-    check_packed(q, cu_seqlens)
     _check(q, k, pattern, state)
     if cu_seqlens is not None:  # whatever stands in padding rows must not reach a product
         q, k, v = (mask_padding(x, cu_seqlens) for x in (q, k, v))

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from subquad.errors import UserError
 from subquad.kernels.backend import pick, register
-from subquad.kernels.packing import advance, check_packed, mask_padding
+from subquad.kernels.packing import advance, mask_padding
 from subquad.kernels.patterns import LocalBlocks, SparsePattern
 from subquad.kernels.selected_blocks import Blocks, chosen_pieces, each_sequence, held_tokens, masked_softmax
 from subquad.kernels.sparse_attention import part_piece
 from subquad.kernels.state import Append, Count, accumulator_dtype
 from subquad.kernels.tiles import Rows, joined
-from subquad.kernels.wrapping import full_precision
+from subquad.kernels.wrapping import full_precision, sequence_op
 
 
 class TopKCache(NamedTuple):
@@ -26,6 +26,7 @@ class TopKCache(NamedTuple):
     count: Count  # [N]
 
 
+@sequence_op
 def topk_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -45,7 +46,6 @@ def topk_attention(
     Cost: O(T top_k block H K) and T / block inner products a token to choose; a decoded token O((S / block + top_k
     block) H K); state 2 S G K (1 + 1 / (2 block)).
     """
-    check_packed(q, cu_seqlens)
     if block < 1 or top_k < 1:
         raise UserError(f"topk_attention: block and top_k must be at least 1; got {block} and {top_k}")
     if q.shape[2] % k.shape[2]:
@@ -86,8 +86,6 @@ def _gathered(q, k, v, block, top_k, state, cu_seqlens):
     blocks = Blocks(rows, block, source, None if state is None else state.mean.shape[1])
     mean, written = blocks.means(source.k, None if state is None else state.mean)
     caches = [*caches, written]
-    if not T:
-        return q.new_zeros(B, T, H, v.shape[3]), caches
     queries = q.flatten(0, 1).to(wide)
     own = SparsePattern((LocalBlocks(block),))
     pieces = [part_piece(rows, queries, source, own, own.parts[0], (), list(range(H)), G, 0)]

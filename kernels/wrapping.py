@@ -1,18 +1,65 @@
-"""What every op does around its forms: full precision under autocast, packed rows for a plain loop, decays in one
-shape, long sequences in pieces."""
+"""What every op does around its forms: a check of its sequences, full precision under autocast, packed rows for a
+plain loop, decays in one shape, long sequences in pieces."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from inspect import signature
 from itertools import pairwise
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from subquad.errors import UserError
+from subquad.kernels.packing import check_packed
 from subquad.kernels.state import accumulator_dtype
 
 PIECE = 2048  # tokens
 WIDEST = 256  # columns of a head that the matrix states' Triton kernels hold; triton/wide.py splits wider ones
+
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def sequence_op(op: Op) -> Op:
+    """An op(tokens..., state=None, cu_seqlens=None) behind one check of its sequences.
+
+    Where there are no tokens, outputs are empty, or zero in padding rows, and the state comes back as it was: forms
+    need no case for that.
+    """
+    first = next(iter(signature(op).parameters))
+
+    @wraps(op)
+    def checked(*args, **kwargs):
+        x, state, cu_seqlens = args[0] if args else kwargs[first], kwargs.get("state"), kwargs.get("cu_seqlens")
+        check_packed(x, cu_seqlens, state)
+        if x.shape[0] and x.shape[1] and (cu_seqlens is None or _has_tokens(cu_seqlens)):
+            return op(*args, **kwargs)
+        return _of_nothing(op, x.shape[:2], args, kwargs)
+
+    return cast(Op, checked)
+
+
+def _has_tokens(cu_seqlens: Tensor) -> bool:
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return cu_seqlens.numel() > 1
+    return bool(cu_seqlens[-1])
+
+
+def _of_nothing(op: Callable, rows: torch.Size, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What `op` gives for `rows` [B, T] that hold no token: zeros whose other sizes are those of one zero token, in the
+    graph of its inputs."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dim() < 3 or x.shape[:2] != rows:
+            return x
+        return torch.cat([x.flatten(0, 1)[:0], x.new_zeros(1, *x.shape[2:])])[None]
+
+    found = op(*map(one, args), **{k: one(x) for k, x in kwargs.items() if k not in ("state", "cu_seqlens")})
+    out = found[0] if isinstance(found, tuple) else found
+    out = out[0, :0].sum(0).expand(*rows, *out.shape[2:]).contiguous()
+    return (out, kwargs.get("state")) if isinstance(found, tuple) else out
 
 
 def full_precision(like: Tensor) -> AbstractContextManager:

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from subquad.errors import UserError
+from subquad.kernels.packing import check_packed
 from subquad.kernels.state import accumulator_dtype
 
 M = TypeVar("M", bound=nn.Module)
@@ -116,7 +117,11 @@ class Layer(nn.Module):
     max_len: int | None = None
     facts: ClassVar[Facts] = Facts()
 
-    __call__: Callable[..., tuple[Tensor, Any]]
+    def __call__(
+        self, x: Tensor, state: Any = None, cu_seqlens: Tensor | None = None, **shared: Any
+    ) -> tuple[Tensor, Any]:
+        check_packed(x, cu_seqlens, state)
+        return super().__call__(x, state=state, cu_seqlens=cu_seqlens, **shared)
 
 
 class available_if:
@@ -170,7 +175,8 @@ def check_length(layer: Layer, time: int, count: Tensor | None = None, cu_seqlen
         if torch.compiler.is_compiling() or any(t.device.type != "cpu" for t in tensors):
             return
         lengths = torch.tensor(time) if cu_seqlens is None else cu_seqlens.diff()
-        time = int((lengths if count is None else count + lengths).max())
+        ends = lengths if count is None else count + lengths
+        time = int(ends.max()) if ends.numel() else 0
     if time > layer.max_len:
         raise UserError(f"{type(layer).__name__} serves sequences of up to {layer.max_len} tokens; {time} do not fit")
 

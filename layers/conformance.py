@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subquad.errors import UserError
 from subquad.kernels.backend import backend
 from subquad.kernels.packing import cu_seqlens_of
 from subquad.kernels.state import accumulator_dtype, leaves, map_leaves
@@ -394,6 +395,68 @@ def batch_order_is_free(s: Subject) -> None:
     assert found <= EXACT, f"outputs differ by {found:.1e}"
 
 
+def takes_nothing(s: Subject) -> None:
+    """No tokens, no sequences, or padding alone: outputs are empty or zero, the state as it was, and backward works."""
+    for batch, time, bounds in (
+        (2, 0, None),
+        (0, 3, None),
+        (1, 0, [0]),
+        (1, 4, [0]),
+        (1, 0, [0, 0]),
+        (1, 4, [0, 0, 0]),
+    ):
+        cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+        count = batch if bounds is None else len(bounds) - 1
+        what = f"x of {batch} by {time} tokens" + ("" if bounds is None else f" with cu_seqlens {bounds}")
+        x = s.inputs(batch, time)
+        for state in (None, rows(s.state(s.layer, max(count, 1), 9), slice(0, count))) if s.decodes else (None,):
+            found = forward_backward(s.layer, x, state, cu)
+            with torch.no_grad():
+                y, after = s.layer(x, None if state is None else copied(state), cu)
+            assert y.shape == x.shape and not y.any(), f"{what}: y is {tuple(y.shape)}, or not zero"
+            assert not found["y"].any() and not found["d x"].any(), f"{what}: y or its gradient is not zero"
+            kept = {} if state is None else flat(state)
+            for name, t in kept.items():
+                same = torch.equal(found[name], t) and torch.equal(flat(after)[name], t)
+                assert same, f"{what}: the new {name} differs from the old"
+
+
+def rejects_bad_boundaries(s: Subject) -> None:
+    """Boundaries that cannot be meant, or a state of another number of sequences, end in a UserError on the CPU."""
+    x = s.inputs(1, 9)
+    cases: list[tuple[str, Tensor, Tensor]] = [
+        (what, x, torch.tensor(bounds))
+        for what, bounds in {
+            "boundaries that decrease": [0, 5, 3, 9],
+            "boundaries that start at 2": [2, 9],
+            "boundaries past the end": [0, 4, 10],
+            "negative boundaries": [0, -1],
+            "fractions": [0.0, 9.0],
+            "booleans": [False, True],
+            "a matrix": [[0, 4], [4, 9]],
+            "no boundaries": [],
+            "a number": 9,
+        }.items()
+    ]
+    cases.append(("two rows", s.inputs(2, 9), torch.tensor([0, 4, 9])))
+    for what, tokens, cu in cases:
+        _assert_refused(what, lambda tokens=tokens, cu=cu: s.layer(tokens, None, cu))
+    if s.decodes and leaves(s.layer.init_state(1, 20)):
+        state = s.layer.init_state(3, 20)
+        _assert_refused("a state of 3 for 2 packed", lambda: s.layer(x, state, torch.tensor([0, 4, 9])))
+        _assert_refused("a state of 3 for a batch of 1", lambda: s.layer(x, state))
+
+
+def _assert_refused(what: str, call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except UserError:
+        return
+    except Exception as wrong:
+        raise AssertionError(f"{what} end in {type(wrong).__name__}, not in a UserError") from wrong
+    raise AssertionError(f"{what} are computed silently")
+
+
 def isolates_sequences(s: Subject) -> None:
     """NaN in some sequences' inputs and states, and in padding rows, leaves the others bit-identical: outputs, new
     states, gradients of inputs and states."""
@@ -583,6 +646,8 @@ def _properties() -> Iterator[tuple[str, Property]]:
         ragged_batches_agree,
         batch_order_is_free,
         isolates_sequences,
+        takes_nothing,
+        rejects_bad_boundaries,
         is_causal,
         writes_in_place,
         state_size_is_as_declared,

@@ -194,8 +194,8 @@ class Hyena(HyenaOperator):
             cache = state.filters[0]
             length = cache.x.shape[1]
             if cache.x.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading counts costs nothing
-                length = min(length, int(cache.count.max()) + time)
-        return list(self.filter(length).chunk(self.order - 1))
+                length = min(length, max(cache.count.tolist(), default=0) + time)
+        return list(self.filter(max(length, 1)).chunk(self.order - 1))
 
     def convolve(
         self, v: Tensor, filter: Tensor, state: LongConvCache | None, cu_seqlens: Tensor | None

@@ -112,6 +112,9 @@ def choose_tokens(
     Slots that no token fills have weight 0, so that shapes follow from the number of tokens and of sequences alone.
     """
     M, E = scores.shape
+    if not M or (cu_seqlens is not None and cu_seqlens.numel() == 1):
+        nothing = scores.new_zeros(0, 1)
+        return Choice(nothing[:, 0].long(), nothing.long(), nothing)
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, M + 1, time, device=scores.device)
     cu = cu_seqlens.long()
