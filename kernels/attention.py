@@ -323,6 +323,11 @@ def _masked_blocks(q, k, v, at, key_at, pattern, sink_logits, ids=None, offset=N
     k, v = k.to(q.dtype), v.to(q.dtype)
     if pattern.causal:
         key_at = torch.where(key_at < 0, torch.iinfo(key_at.dtype).max, key_at)  # after every query
+    if ids is not None:
+        # One product holds all sequences, and zero times another's NaN is NaN: what is not finite is taken out, and
+        # rows that read it are NaN.
+        broken = [~x.isfinite().all(-1).all(-1) for x in (q, k, v)]
+        q, k, v = (torch.where(bad[..., None, None], 0, x) for bad, x in zip(broken, (q, k, v), strict=True))
     outs = []
     for start in range(0, q.shape[1], QUERY_BLOCK):
         span = slice(start, start + QUERY_BLOCK)
@@ -330,7 +335,11 @@ def _masked_blocks(q, k, v, at, key_at, pattern, sink_logits, ids=None, offset=N
         mask = pattern.reads(at[:, span], key_at[:, seen])
         if ids is not None:
             mask = mask & (ids[:, span, None] == ids[:, None, seen])
-        outs.append(sdpa(q[:, span], k[:, seen], v[:, seen], mask[:, None], sink_logits=sink_logits))
+        out = sdpa(q[:, span], k[:, seen], v[:, seen], mask[:, None], sink_logits=sink_logits)
+        if ids is not None:
+            bad = broken[0][:, span] | (mask & (broken[1] | broken[2])[:, None, seen]).any(-1)
+            out = torch.where(bad[..., None, None], torch.nan, out)
+        outs.append(out)
     return torch.cat(outs, 1) if len(outs) != 1 else outs[0]
 
 

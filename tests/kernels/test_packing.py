@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from subquad import pack, unpack
 from subquad.errors import UserError
+from subquad.kernels.attention import attention
 from subquad.kernels.packing import Chunks, Prefixed, cu_seqlens_of, positions
 from subquad.kernels.short_conv import shift
 
@@ -88,3 +89,26 @@ def test_a_prefix_of_nothing_is_the_row_itself():
 def test_boundaries_that_cannot_be_meant_are_refused(cu):
     with pytest.raises(UserError, match="cu_seqlens is an integer vector"):
         shift(torch.zeros(1, 3, 2), cu_seqlens=cu)
+
+
+@pytest.mark.parametrize("pattern", [{}, {"n_sinks": 2, "window": 5}, {"causal": False}], ids=str)
+def test_no_host_reads_and_nan_in_one_sequence(pattern, monkeypatch):
+    """Where boundaries are not read on the host, one product holds all sequences; NaN stays in its own all the same."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    cu, generator = torch.tensor([0, 9, 20, 31], dtype=torch.int32), torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 34, 2, 8, generator=generator, dtype=torch.float64).unbind(0)
+    others = [*range(9), *range(20, 31)]
+
+    def run(*inputs):
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        y = attention(*inputs, **pattern, cu_seqlens=cu)[0]
+        gradients = torch.autograd.grad(y[:, others].square().sum(), inputs)
+        return y, [y[:, others], y[:, 31:], *(g[:, others] for g in gradients)]
+
+    want = run(q, k, v)[1]
+    for i in range(3):
+        bad = [x.clone() for x in (q, k, v)]
+        bad[i][:, 14:20] = torch.nan
+        y, got = run(*bad)
+        assert y[:, 14:20].isnan().all(), "what reads NaN must be NaN"
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
