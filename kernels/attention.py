@@ -300,9 +300,10 @@ def _banded_rows(q, k, v, W, sink_logits, cu_seqlens):
     """`_banded` for packed rows: blocks of one sequence each, whose keys are filled up with its own, so that no product
     holds two sequences."""
     time, n_seqs = q.shape[1], cu_seqlens.numel() - 1
-    size = min(
-        max(32, W), 128, max(32, 1 << (time // max(1, n_seqs)).bit_length())
-    )  # short sequences leave blocks half empty
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        W = min(W, int(cu_seqlens.diff().max()))
+    mean = 1 << (time // n_seqs - 1).bit_length()  # short sequences leave longer blocks half empty
+    size = min(max(32, W), 128, max(32, mean))
     chunks = Chunks(q, size, cu_seqlens)
     cu, sequence = cu_seqlens.long(), chunks.sequence[:, None]
     band = torch.arange(1 - W, size, device=q.device)
