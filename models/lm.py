@@ -223,6 +223,8 @@ def _tie(model: LM, keys: Any) -> None:
 
 def last_tokens(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The last row of each sequence, [N, D]; zero for an empty one."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, x.shape[2])
     if cu_seqlens is None:
         return x[:, -1]
     rows = x[0].index_select(0, (cu_seqlens[1:].long() - 1).clamp(min=0))

@@ -71,7 +71,7 @@ def test_bytes_are_counted_for_tokens_of_several(models):
     class EverySecond(HFTokenizer):
         """Two bytes a token, of which the first decides."""
 
-        vocab_size, eos_id = 256, None
+        vocab_size, eos_id, special_tokens = 256, None, False
 
         def __init__(self):
             pass

@@ -76,3 +76,16 @@ def test_every_layer_has_a_config():
             layers = [block[part] for part in ("mixer", "ffn") if block.get(part)]
             named |= {spec if isinstance(spec, str) else spec["name"] for spec in layers}
     assert set(available()) <= named
+
+
+@pytest.mark.parametrize("boundaries", [None, [0], [0, 0, 0]])
+def test_the_last_of_no_tokens_is_zero(boundaries):
+    model = LM.from_config({"d_model": 16, "blocks": [{"pattern": [{"mixer": "Mamba2"}, {"mixer": "Attention"}]}]})
+    cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32)
+    n = 2 if boundaries is None else len(boundaries) - 1
+    state = model.init_state(n, 4)
+    tokens = torch.zeros(2 if boundaries is None else 1, 0, dtype=torch.long)
+    with torch.no_grad():
+        logits, _ = model(tokens, state, cu_seqlens, logits="last")
+    assert logits.shape == (n, 256)
+    assert not logits.any()
