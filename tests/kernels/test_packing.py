@@ -87,7 +87,7 @@ def test_a_prefix_of_nothing_is_the_row_itself():
 @pytest.mark.unchecked
 @pytest.mark.parametrize("cu", [torch.tensor([0.0, 3.0]), torch.tensor([3]), torch.tensor([[0, 3]])])
 def test_boundaries_that_cannot_be_meant_are_refused(cu):
-    with pytest.raises(UserError, match="cu_seqlens is an integer vector"):
+    with pytest.raises(UserError, match=r"cu_seqlens (is an integer vector|starts at 0)"):
         shift(torch.zeros(1, 3, 2), cu_seqlens=cu)
 
 
